@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -43,7 +44,17 @@ if (
 @pytest.fixture(scope="session", autouse=True)
 def _forked_children() -> Iterator[None]:
     """The children of this process are forked, which saves their imports."""
-    server = forked.Server()
+    yield from children_of(forked.Server())
+
+
+@pytest.fixture(scope="module")
+def torch_is_preloaded() -> Iterator[None]:
+    """The children have PyTorch and transformers too: importing these takes them seconds."""
+    installed = (name for name in forked.TORCH if importlib.util.find_spec(name.partition(".")[0]))
+    yield from children_of(forked.Server(*installed))
+
+
+def children_of(server: forked.Server) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         stands_in = SimpleNamespace(**vars(subprocess) | {"Popen": server.popen})
         patch.setattr(processes, "subprocess", stands_in)

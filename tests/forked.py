@@ -39,6 +39,8 @@ PRELOADED = (
     "imagemill.tuning.check_process",
     "imagemill.workers.worker",
 )
+TORCH = ("torch", "torch.onnx.utils", "transformers.modeling_utils", "transformers.pytorch_utils")
+"""Imported besides, if they are installed, where a test has the fixture `torch_is_preloaded`."""
 COMMAND = tuple(processes.command(""))[:-1]
 """What a command of `processes.Child` begins with."""
 _MOST = 253
@@ -98,7 +100,8 @@ class Server:
     that made it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *more: str) -> None:
+        self._more = more
         self._environment = processes.environment()
         self._socket: socket.socket | None = None
 
@@ -119,7 +122,7 @@ class Server:
             self._socket, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
             with theirs:
                 self._process = subprocess.Popen(
-                    [sys.executable, __file__, str(theirs.fileno())],
+                    [sys.executable, __file__, str(theirs.fileno()), *self._more],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     env=self._environment,
@@ -132,9 +135,9 @@ class Server:
             self._process.wait()
 
 
-def serve(requests: socket.socket) -> None:
+def serve(requests: socket.socket, *more: str) -> None:
     """Fork a child for each request, and tell its maker its number and its exit code."""
-    for name in PRELOADED:
+    for name in (*PRELOADED, *more):
         importlib.import_module(name)
     waker, woken = socket.socketpair()
     waker.setblocking(False)
@@ -195,4 +198,4 @@ def be_child(request: dict[str, Any], received: Sequence[int]) -> int:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), *sys.argv[2:])

@@ -35,6 +35,8 @@ from imagemill.system import processes
 from imagemill.system.openvino_library import new_core
 from test_no_network import HOOK as NOTE_SOCKETS
 
+pytestmark = pytest.mark.usefixtures("torch_is_preloaded")
+
 GOLDEN = Path(__file__).parent / "golden" / "export"
 
 

@@ -911,6 +911,7 @@ def test_only_the_worker_imports_torch() -> None:
     assert found.stdout.strip() == "['torch'] False"
 
 
+@pytest.mark.usefixtures("torch_is_preloaded")
 def test_a_job_on_torch_is_like_any_other(
     imagemill: Callable[..., helpers.Result], jpegs: Callable[..., Path], tmp_path: Path
 ) -> None:
