@@ -23,9 +23,16 @@ from hub_server import hub  # noqa: F401 - a fixture
 from imagemill.models import bundle, get
 from imagemill.records import Bundle, Scores, Settings
 from imagemill.system import processes
+from imagemill.system.openvino_library import load_openvino
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
-from tiers import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401 - hooks
+from tiers import (  # noqa: F401 - hooks
+    pytest_collection_finish,
+    pytest_collection_modifyitems,
+    pytest_runtest_protocol,
+)
 from tiny import HEADLESS_CARD, SIZE, TINY_CARD, WIDE_CARD, Finished, tiny_model
+
+load_openvino()  # before a test imports it, or NNCF, which would send events over the network
 
 settings.register_profile(
     "imagemill",
@@ -52,6 +59,12 @@ def torch_is_preloaded() -> Iterator[None]:
     """The children have PyTorch and transformers too: importing these takes them seconds."""
     installed = (name for name in forked.TORCH if importlib.util.find_spec(name.partition(".")[0]))
     yield from children_of(forked.Server(*installed))
+
+
+@pytest.fixture(scope="module")
+def nncf_is_preloaded() -> Iterator[None]:
+    """The children have NNCF too, which takes them seconds as well."""
+    yield from children_of(forked.Server("nncf"))
 
 
 def children_of(server: forked.Server) -> Iterator[None]:

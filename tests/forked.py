@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imagemill.system import processes
+from imagemill.system.openvino_library import load_openvino
 
 PRELOADED = (
     "PIL.Image",
@@ -137,8 +139,10 @@ class Server:
 
 def serve(requests: socket.socket, *more: str) -> None:
     """Fork a child for each request, and tell its maker its number and its exit code."""
+    load_openvino()
     for name in (*PRELOADED, *more):
         importlib.import_module(name)
+    gc.freeze()  # else each child's collector walks over all modules, and copies their pages
     waker, woken = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())
