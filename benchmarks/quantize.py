@@ -20,7 +20,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import openvino
 
 from imagemill.models import bundle as bundles
 from imagemill.pipeline import sources
@@ -28,6 +27,7 @@ from imagemill.pipeline.backends import open_session
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Limits, Precision, SessionSpec
 from imagemill.system import cpu
+from imagemill.system.openvino_library import new_core
 from imagemill.tuning import images, quantize
 
 
@@ -59,7 +59,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     int8 = quantize.save(model, folder)
     del model
     options = {"PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(str(int8), "CPU", options).create_infer_request()
+    request = new_core().compile_model(str(int8), "CPU", options).create_infer_request()
     request.infer([pixels[0]])
     found = [item for item in request.profiling_info if item.node_type.endswith("Convolution")]
     for (layer, kernel), count in sorted(
