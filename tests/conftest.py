@@ -57,8 +57,8 @@ def _forked_children() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def torch_is_preloaded() -> Iterator[None]:
     """The children have PyTorch and transformers too: importing these takes them seconds."""
-    installed = (name for name in forked.TORCH if importlib.util.find_spec(name.partition(".")[0]))
-    yield from children_of(forked.Server(*installed))
+    installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    yield from children_of(forked.Server(*(forked.TORCH if installed else ())))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ PRELOADED = (
     "imagemill.workers.worker",
 )
 TORCH = ("torch", "torch.onnx.utils", "transformers.modeling_utils", "transformers.pytorch_utils")
-"""Imported besides, if they are installed, where a test has the fixture `torch_is_preloaded`."""
+"""Imported besides, if both are installed, where a test has the fixture `torch_is_preloaded`."""
 COMMAND = tuple(processes.command(""))[:-1]
 """What a command of `processes.Child` begins with."""
 _MOST = 253
