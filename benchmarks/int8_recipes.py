@@ -44,7 +44,7 @@ from imagemill.pipeline.decoding.decode import decode
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, Bundle, DeviceSpec, Limits, Precision, SessionSpec
 from imagemill.system import cpu
-from imagemill.system.openvino_library import load_openvino
+from imagemill.system.openvino_library import load_openvino, new_core
 from imagemill.tuning import accuracy, quantize
 
 ov = load_openvino()
@@ -353,7 +353,7 @@ def batches(pixels: Pixels) -> Iterator[Batch]:
 
 def answers(bundle: Bundle, file: Path, precision: Precision, pixels: Pixels) -> Any:
     if precision is Precision.INT8 and ov.Core.compile_model is not COMPILE_MODEL:
-        model = ov.Core().compile_model(str(file), "CPU", SIMULATED)
+        model = new_core().compile_model(str(file), "CPU", SIMULATED)
         return np.concatenate([model(image)[0] for image in pixels])
     with opened(bundle, file, precision) as stream:
         return np.concatenate([outputs.logits.copy() for _, outputs in stream(batches(pixels))])
