@@ -61,12 +61,6 @@ def torch_is_preloaded() -> Iterator[None]:
     yield from children_of(forked.Server(*(forked.TORCH if installed else ())))
 
 
-@pytest.fixture(scope="module")
-def nncf_is_preloaded() -> Iterator[None]:
-    """The children have NNCF too, which takes them seconds as well."""
-    yield from children_of(forked.Server("nncf"))
-
-
 def children_of(server: forked.Server) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         stands_in = SimpleNamespace(**vars(subprocess) | {"Popen": server.popen})

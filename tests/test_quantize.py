@@ -59,7 +59,7 @@ from imagemill.tuning import (
 )
 from tiny import WIDE_CARD, tiny_model
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("nncf_is_preloaded")]
+pytestmark = pytest.mark.process
 
 SIZE = 32
 IMAGES = 260
