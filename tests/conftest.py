@@ -25,11 +25,7 @@ from imagemill.records import Bundle, Scores, Settings
 from imagemill.system import processes
 from imagemill.system.openvino_library import load_openvino
 from s3 import s3, s3_endpoint, s3_faults  # noqa: F401 - fixtures
-from tiers import (  # noqa: F401 - hooks
-    pytest_collection_finish,
-    pytest_collection_modifyitems,
-    pytest_runtest_protocol,
-)
+from tiers import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401 - hooks
 from tiny import HEADLESS_CARD, SIZE, TINY_CARD, WIDE_CARD, Finished, tiny_model
 
 load_openvino()  # before a test imports it, or NNCF, which would send events over the network

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import gc
 import importlib
 import json
 import os
@@ -142,7 +141,6 @@ def serve(requests: socket.socket, *more: str) -> None:
     load_openvino()
     for name in (*PRELOADED, *more):
         importlib.import_module(name)
-    gc.freeze()  # else each child's collector walks over all modules, and copies their pages
     waker, woken = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno())

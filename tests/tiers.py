@@ -6,7 +6,6 @@ A test has the tier that it or its module is marked with, else that of its fixtu
 
 from __future__ import annotations
 
-import gc
 import multiprocessing.process
 import os
 import subprocess
@@ -34,12 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             fixtures = set(getattr(item, "fixturenames", ()))
             tier = "ecosystem" if fixtures & ECOSYSTEM else "unit"
             item.add_marker("process" if tier == "unit" and fixtures & PROCESS else tier)
-
-
-def pytest_collection_finish() -> None:
-    """Keep what was imported and collected from being walked over at each garbage collection."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
