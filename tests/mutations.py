@@ -193,7 +193,8 @@ def displayed(image: Image.Image) -> Image.Image:
             )
         )
     if image.mode in {"I", "F"}:
-        values = values.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # some NaN
+            values = values.astype(np.float64)
         finite = values[np.isfinite(values)]
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
         if image.mode == "F" and low >= 0 and high <= 255:

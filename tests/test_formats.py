@@ -385,6 +385,15 @@ def test_the_first_page_of_a_dcx_has_its_own_palette() -> None:
     check(dcx(pcx(first), pcx(last)), np.asarray(first.convert("RGB")))
 
 
+def test_an_offset_at_which_no_page_begins_ends_no_page_of_a_dcx() -> None:
+    """A damaged table: Pillow reads the first page to its end."""
+    image = Image.fromarray(PIXELS)
+    data = bytearray(dcx(pcx(image)))
+    inside = next(at for at in range(4 + 4 * 1024 + 200, len(data)) if data[at] != 0x0A)
+    data[8:12] = struct.pack("<I", inside)
+    check(bytes(data), PIXELS)
+
+
 def test_a_dcx_page_without_its_palette_is_truncated() -> None:
     page = pcx(Image.fromarray(PIXELS).quantize(200))
     for data in (dcx(page[:-769]), dcx(page[:-769], page)):

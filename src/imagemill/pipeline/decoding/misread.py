@@ -111,7 +111,8 @@ def first_page(data: bytes) -> bytes:
     pages = [page for (page,) in takewhile(any, struct.iter_unpack("<I", table))]
     if not pages or data[pages[0] : pages[0] + 1] != b"\n":
         return data
-    return data[pages[0] : min((page for page in pages if page > pages[0]), default=len(data))]
+    others = [page for page in pages if page > pages[0] and data[page : page + 1] == b"\n"]
+    return data[pages[0] : min(others, default=len(data))]
 
 
 def _jpeg(data: bytes) -> str | None:

@@ -47,7 +47,8 @@ def to_8_bits(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8
     elif low == high:
         high = low + 1
     if values.dtype.kind == "f":
-        offset = values.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # of a signalling NaN
+            offset = values.astype(np.float64)
         if not math.isfinite(255 * (high - low)):  # as with extreme 64-bit floats
             offset, low, high = offset / 512, low / 512, high / 512
         offset -= low
