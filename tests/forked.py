@@ -39,6 +39,8 @@ PRELOADED = (
     "imagemill.pipeline.sink",
     "imagemill.tuning.check_process",
     "imagemill.workers.worker",
+    "numpy.random",
+    "pyarrow.compute",
 )
 TORCH = ("torch", "torch.onnx.utils", "transformers.modeling_utils", "transformers.pytorch_utils")
 """Imported besides, if both are installed, where a test has the fixture `torch_is_preloaded`."""

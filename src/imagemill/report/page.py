@@ -8,6 +8,7 @@ script, by its hash, and loads nothing.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -91,43 +92,39 @@ def render(
     ]
     shown = sum(len(images) for _, _, images in galleries)
     gallery_classes = _classes(figures) if shown >= _FILTERED else []
-    text = (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            style=style,
-            script=script,
-            policy=_policy(style, script),
-            job=frozen.job,
-            card=frozen.job.session.card,
-            frozen=frozen,
-            summary=summary,
-            figures=figures,
-            scored=scored,
-            score=scored.score,
-            bins=BINS,
-            is_sample=shown < figures.ok,
-            has_filter=shown >= _FILTERED,
-            galleries=galleries,
-            shown=shown,
-            strip=figures.sample[:: max(1, len(figures.sample) // _STRIP)][:_STRIP]
-            if figures.most_certain
-            else (),
-            gallery_classes=gallery_classes,
-            picks={class_id for class_id, _, _ in gallery_classes},
-            table_classes=CLASSES,
-            thumbnails=thumbnails_made,
-            images={
-                index: _data_uri(made.webp) for index, made in thumbnails_made.items() if made.webp
-            },
-            rates=charts.rates(summary.throughput, summary.seconds)
-            if summary and summary.throughput
-            else None,
-            devices=devices,
-            pieces=charts.PIECES,
-            accuracy=_accuracy(frozen),
-            provenance=_provenance(job, summary, figures),
-        )
+    text = _template().render(
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+        job=frozen.job,
+        card=frozen.job.session.card,
+        frozen=frozen,
+        summary=summary,
+        figures=figures,
+        scored=scored,
+        score=scored.score,
+        bins=BINS,
+        is_sample=shown < figures.ok,
+        has_filter=shown >= _FILTERED,
+        galleries=galleries,
+        shown=shown,
+        strip=figures.sample[:: max(1, len(figures.sample) // _STRIP)][:_STRIP]
+        if figures.most_certain
+        else (),
+        gallery_classes=gallery_classes,
+        picks={class_id for class_id, _, _ in gallery_classes},
+        table_classes=CLASSES,
+        thumbnails=thumbnails_made,
+        images={
+            index: _data_uri(made.webp) for index, made in thumbnails_made.items() if made.webp
+        },
+        rates=charts.rates(summary.throughput, summary.seconds)
+        if summary and summary.throughput
+        else None,
+        devices=devices,
+        pieces=charts.PIECES,
+        accuracy=_accuracy(frozen),
+        provenance=_provenance(job, summary, figures),
     )
     return text.encode("utf-8")
 
@@ -144,7 +141,8 @@ def visible(value: Any) -> Any:
     )
 
 
-def _environment() -> jinja2.Environment:
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -164,7 +162,7 @@ def _environment() -> jinja2.Environment:
         "ticks": _ticks,
         "times": _times,
     }
-    return environment
+    return environment.get_template("page.html.j2")
 
 
 def _count(value: int) -> str:
