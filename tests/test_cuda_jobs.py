@@ -56,6 +56,7 @@ if "imagemill.workers.worker" in sys.orig_argv:
 """A card with 8 GB, on which batches of as many images have room as the file `fits` says."""
 
 
+@pytest.mark.large
 def test_a_job_that_auto_puts_on_a_gpu_fits_its_batches_to_the_memory(
     imagemill: Callable[..., helpers.Result],
     tmp_path: Path,

@@ -48,6 +48,7 @@ def logits(model: Any) -> NDArray[np.float32]:
     return np.concatenate([compiled(row[None])["logits"] for row in PIXELS[:3]])
 
 
+@pytest.mark.process
 def test_int8_answers_keep_every_bit(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of 4 and 8 channels become groups of 16 when a model is quantised."""
     wide = quantize.quantize(network, [row[None] for row in PIXELS[:3]])
@@ -59,6 +60,7 @@ def test_int8_answers_keep_every_bit(network: Path, monkeypatch: pytest.MonkeyPa
     np.testing.assert_array_equal(logits(narrow), logits(wide))
 
 
+@pytest.mark.process
 def test_fp32_answers_stay_what_they_are(network: Path) -> None:
     ov = load_openvino()
     model = new_core().read_model(network)
@@ -105,6 +107,7 @@ def test_groups_are_merged_where_that_gains(
     assert openvino_rewrites.wanted(precision, flags) == channels
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("flags", [set(), {"amx_bf16"}], ids=["as it is", "merged"])
 def test_bf16_answers_are_alike_in_any_batch(
     network: Path, flags: set[str], monkeypatch: pytest.MonkeyPatch

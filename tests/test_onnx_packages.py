@@ -25,6 +25,8 @@ LIGHT_MODELS = (
 )
 FP32 = ("--precision", "fp32", "--devices", "cpu")
 
+pytestmark = pytest.mark.ecosystem
+
 
 def page(seed: int, width: int = 620, height: int = 800) -> Image.Image:
     """Return a page of text, whose words are made of random letters."""

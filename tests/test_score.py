@@ -104,6 +104,7 @@ def random_answers(count: int, k: int) -> tuple[Any, Any, dict[str, Answer]]:
     return true, probabilities, answers
 
 
+@pytest.mark.ecosystem
 def test_the_figures_are_those_of_scikit_learn(make: Make) -> None:
     """Of 1,000 rows: accuracy, top 5, every line of the report, every cell of the matrix."""
     from sklearn import metrics  # takes seconds to import

@@ -237,6 +237,7 @@ def test_open_nsfw_answers_as_its_own_package_does(
         assert found[name]["label"] == ("nsfw" if found[name]["logits"][1] > 0.5 else "sfw")
 
 
+@pytest.mark.process
 def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) -> None:
     """The tensor found behind casts, bias and softmax: 1,024 numbers, equal to onnxruntime's for
     the custom graph itself.

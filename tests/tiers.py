@@ -1,5 +1,6 @@
-"""The three tiers of tests: `unit` starts no process, `process` starts processes of imagemill, and
-`ecosystem` needs a server, a browser, a cluster or the readers of other projects.
+"""The three tiers of tests: `unit` needs nothing but this process, `process` starts processes of
+imagemill or runs whole networks, and `ecosystem` needs a server, a browser, a cluster or the
+packages of other projects to compare with.
 
 A test has the tier that it or its module is marked with, else that of its fixtures, else `unit`.
 """
@@ -16,8 +17,8 @@ import pytest
 import forked
 
 TIERS = {"unit", "process", "ecosystem"}
-ECOSYSTEM = {"s3_endpoint", "browser", "ray_start"}
-"""Fixtures that start something which is not ours."""
+ECOSYSTEM = {"s3_endpoint", "browser", "ray_start", "server", "hub"}
+"""Fixtures that start something which is not ours, or that stands in for it."""
 PROCESS = {"imagemill", "start", "null_run", "null_start", "job", "photographs_run", "reported"}
 """Fixtures that start imagemill in processes of its own, or lead to it."""
 
