@@ -248,6 +248,12 @@ def is_png_sum(data: bytes, decoded: Decoded, expected: Reference) -> bool:
     )
 
 
+def is_png_frame(data: bytes, decoded: Decoded, expected: Reference) -> bool:
+    """Whether a PNG holds later frames of an animation, but no IDAT, which would be its image."""
+    kinds = {kind for kind, _ in _chunks(data)} if data.startswith(_PNG) else set()
+    return decoded.status is Status.CORRUPT and b"fdAT" in kinds and b"IDAT" not in kinds
+
+
 def is_pcx_palette(data: bytes, decoded: Decoded, expected: Reference) -> bool:
     return (
         decoded.status is Status.TRUNCATED
@@ -269,6 +275,14 @@ def is_bmp_palette(data: bytes, decoded: Decoded, expected: Reference) -> bool:
         return False
     differ = (decoded.pixels != expected.pixels).any(axis=2)
     return not expected.pixels[differ].any()
+
+
+def is_psd_channels(data: bytes, decoded: Decoded, expected: Reference) -> bool:
+    """Whether a PSD says that it has more channels than its colours need, and Pillow reads it."""
+    if data[:4] != b"8BPS" or expected.pixels is None:
+        return False
+    channels, mode = struct.unpack_from(">H10xH", data, 12)
+    return bool(channels > {3: 3, 4: 4, 9: 3}.get(mode, 1))
 
 
 def is_tiff_tags(data: bytes, decoded: Decoded, expected: Reference) -> bool:
@@ -310,6 +324,10 @@ EXCEPTIONS: dict[str, tuple[str, Callable[[bytes, Decoded, Reference], bool]]] =
         ),
         is_png_sum,
     ),
+    "PNG frame": (
+        "Pillow shows the second frame of an animated PNG whose first one is gone",
+        is_png_frame,
+    ),
     "PCX palette": (
         "Pillow shows a PCX that ends before its palette as grey, in wrong colours",
         is_pcx_palette,
@@ -317,6 +335,10 @@ EXCEPTIONS: dict[str, tuple[str, Callable[[bytes, Decoded, Reference], bool]]] =
     "BMP palette": (
         "Pillow shows pixels beyond a BMP's declared palette in black; other readers do not",
         is_bmp_palette,
+    ),
+    "PSD channels": (
+        "Pillow takes the row lengths of a PSD's further channels for pixels",
+        is_psd_channels,
     ),
     "TIFF tags": (
         (

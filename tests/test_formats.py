@@ -291,6 +291,16 @@ def test_other_files_are_not_images(data: bytes) -> None:
     assert decoded.error.startswith("not a known image format (first bytes: b")
 
 
+def test_a_bmp_without_an_offset_to_its_pixels_is_read() -> None:
+    """They follow its palette, however few colours that has."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (11, 3)).astype(np.uint8)
+    values = rng.integers(0, 11, (32, 32)).astype(np.uint8)
+    table = np.pad(colours[:, ::-1], ((0, 0), (0, 1))).tobytes()
+    data = bmp(8, values[::-1].tobytes(), palette=table, colours=11)
+    check(data[:10] + bytes(4) + data[14:], colours[values])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("palette", ["black and white", "few greys", "colours"])
 def test_small_bmp_palettes_are_read(palette: str, bits: int) -> None:

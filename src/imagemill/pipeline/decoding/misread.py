@@ -72,7 +72,7 @@ def full_palette(data: bytes) -> bytes:
     """Return a BMP of 4 or 8 bits whose header promises 256 colours. With fewer, Pillow takes some
     palettes for another depth.
     """
-    if len(data) < 54 or u32(data, 14) < 40 or u32(data, 10) == 14 + u32(data, 14):
+    if len(data) < 54 or u32(data, 14) < 40 or u32(data, 10) <= 14 + u32(data, 14):
         return data
     bits, colours = int.from_bytes(data[28:30], "little"), u32(data, 46)
     if bits not in {4, 8} or colours > 1 << bits or colours == 256:
