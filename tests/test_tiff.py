@@ -166,6 +166,15 @@ def test_tiles_of_partial_bytes_are_read(bits: int) -> None:
     )
 
 
+def test_colours_without_their_number_of_bits_are_not_guessed() -> None:
+    """One bit is the default, which only black and white can mean."""
+    data = sample_images.encode(Image.fromarray(np.zeros((9, 9, 3), np.uint8)), "TIFF")
+    at = data.index(struct.pack("<HHI", 258, 3, 3))
+    decoded = decode(data[: at + 4] + bytes(4) + data[at + 8 :], RECIPE, Limits())
+    assert decoded.error == "truncated TIFF file: tag 258 is missing"
+    assert decoded.status is Status.TRUNCATED
+
+
 @pytest.mark.parametrize("photometric", [1, 2, 6])
 def test_old_jpeg_is_right_or_unsupported(photometric: int) -> None:
     """A TIFF with old-style JPEG compression is read if it is YCbCr, and unsupported otherwise."""
