@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import random
+import re
 import struct
 import warnings
 import zlib
@@ -289,15 +290,17 @@ def is_tiff_tags(data: bytes, decoded: Decoded, expected: Reference) -> bool:
     """Return whether Pillow alone reads a TIFF with damaged tags, or alone refuses it.
 
     tifffile decides. It reads the file as it is, or with the bits per sample at its end made whole.
-    Strips that are missing are `truncated`, although both fill them in.
+    Strips that are missing are `truncated`, although both fill them in, and so is a palette image
+    without its number of bits, of which both read one.
     """
     if data[:2] not in {b"II", b"MM"}:
         return False
     if expected.pixels is not None:
         return decoded.status is not Status.OK and (
-            "where the size needs" in str(decoded.error) or not _read_by_tifffile(data)
+            re.search("where the size needs|tag 258 is missing", str(decoded.error)) is not None
+            or not _read_by_tifffile(data)
         )
-    if decoded.status is not Status.OK or "cannot identify" not in expected.error:
+    if decoded.status is not Status.OK or not re.search("cannot identify|decoder", expected.error):
         return False
     return _read_by_tifffile(data) or _read_by_tifffile(data + b"\x08\0" * 32)
 

@@ -166,12 +166,13 @@ def test_tiles_of_partial_bytes_are_read(bits: int) -> None:
     )
 
 
-def test_colours_without_their_number_of_bits_are_not_guessed() -> None:
-    """One bit is the default, which only black and white can mean."""
-    data = sample_images.encode(Image.fromarray(np.zeros((9, 9, 3), np.uint8)), "TIFF")
-    at = data.index(struct.pack("<HHI", 258, 3, 3))
+@pytest.mark.parametrize(("mode", "tag"), [("RGB", 258), ("LA", 258), ("LA", 277)])
+def test_samples_and_their_bits_are_not_guessed(mode: str, tag: int) -> None:
+    """One sample of one bit is the default, which only black and white can mean."""
+    data = sample_images.encode(sample_images.photograph(44, 36).convert(mode), "TIFF")
+    at = data.index(struct.pack("<HH", tag, 3))
     decoded = decode(data[: at + 4] + bytes(4) + data[at + 8 :], RECIPE, Limits())
-    assert decoded.error == "truncated TIFF file: tag 258 is missing"
+    assert decoded.error == f"truncated TIFF file: tag {tag} is missing"
     assert decoded.status is Status.TRUNCATED
 
 

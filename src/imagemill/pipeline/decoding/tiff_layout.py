@@ -140,8 +140,11 @@ class Layout:
         samples = tags.one(277, 3 if compression == 6 and photometric in {2, 6} else 1)
         if samples < 1:
             raise broken(f"{samples} samples per pixel")
-        if photometric not in {0, 1} and compression not in {6, *FAX}:
-            tags.one(258)  # the default, 1 bit, is that of black and white
+        if compression not in {6, *FAX}:  # the defaults are those of black and white
+            if photometric not in {0, 1} or samples > 1:
+                tags.one(258)
+            if 338 in tags.values:  # extra samples
+                tags.one(277)
         tiled = 324 in tags.values or 322 in tags.values
         rows = tags.one(278, height)
         return cls(
