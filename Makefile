@@ -23,7 +23,7 @@ install: $(DEV)  ## install imagemill and what the tests need
 test: $(DEV)  ## install what the tests need and run them
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-unit: $(DEV)  ## the tests that start no process: a minute or two
+test-unit: $(DEV)  ## the tests that need no process, server or whole network: a minute or two
 	$(BIN)/python -m pytest $(PARALLEL) -m 'unit and not large and not gpu'
 
 test-large: $(DEV)  ## the tests that take gigabytes or long, before a release

@@ -360,12 +360,12 @@ def answers(bundle: Bundle, file: Path, precision: Precision, pixels: Pixels) ->
         from openvino.passes import ConstantFolding, Manager
 
         core = new_core()
-        read = core.read_model(str(file))
+        model = core.read_model(str(file))
         folding = Manager()
         folding.register_pass(ConstantFolding())  # else weights are converted for every image
-        folding.run_passes(read)
-        model = core.compile_model(read, "CPU", SIMULATED)
-        return np.concatenate([model(image)[0] for image in pixels])
+        folding.run_passes(model)
+        compiled = core.compile_model(model, "CPU", SIMULATED)
+        return np.concatenate([compiled(image)[0] for image in pixels])
     with opened(bundle, file, precision) as stream:
         return np.concatenate([outputs.logits.copy() for _, outputs in stream(batches(pixels))])
 

@@ -279,11 +279,14 @@ def is_bmp_palette(data: bytes, decoded: Decoded, expected: Reference) -> bool:
 
 
 def is_psd_channels(data: bytes, decoded: Decoded, expected: Reference) -> bool:
-    """Whether a PSD says that it has more channels than its colours need, and Pillow reads it."""
+    """Whether a PSD says that it has more channels than its colours need, and Pillow reads it.
+
+    RGB with four channels does not count: Pillow knows it.
+    """
     if data[:4] != b"8BPS" or expected.pixels is None:
         return False
     channels, mode = struct.unpack_from(">H10xH", data, 12)
-    return bool(channels > {3: 3, 4: 4, 9: 3}.get(mode, 1))
+    return bool(channels > {3: 4, 4: 4, 9: 3}.get(mode, 1))
 
 
 def is_tiff_tags(data: bytes, decoded: Decoded, expected: Reference) -> bool:

@@ -880,9 +880,9 @@ def test_full_size_jpeg_is_bit_identical_to_pillows() -> None:
     )
 
 
-def test_recoverable_jpeg_stays_ok() -> None:
-    """A JPEG without its end marker, which simplejpeg refuses, is ok if Pillow reads it, which
-    depends on its last bytes, and else truncated.
+def test_a_jpeg_without_its_end_marker_is_judged_as_pillow_judges_it() -> None:
+    """simplejpeg refuses it. It is ok if Pillow reads it, which depends on its last bytes, and else
+    truncated.
     """
     found = Counter()
     for seed in range(30):

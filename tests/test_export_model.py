@@ -142,7 +142,6 @@ def test_a_network_of_timm_is_exported_once_and_answers_as_in_pytorch(tmp_path: 
 
 @needs_transformers
 @pytest.mark.process
-@pytest.mark.large
 def test_a_repository_of_the_hub_without_onnx_is_run(
     hub: Hub, tmp_path: Path, imagemill: Callable[..., helpers.Result]
 ) -> None:

@@ -98,7 +98,6 @@ def test_the_nsfw_filter_sorts(shell: Any, tmp_path: Path) -> None:
     assert len(names["unsure"]) == 2 - len(files)
 
 
-@pytest.mark.large
 def test_the_nightly_script_adds_what_is_new(shell: Any, tmp_path: Path) -> None:
     (script,) = blocks("nightly.md", "bash")
     arguments = [str(tmp_path / name) for name in ("photos", "job", "sorted")]

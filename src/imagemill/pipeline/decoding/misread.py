@@ -70,7 +70,7 @@ def variant(name: str | None, data: bytes) -> str | None:
 
 def full_palette(data: bytes) -> bytes:
     """Return a BMP of 4 or 8 bits whose header promises 256 colours. With fewer, Pillow takes some
-    palettes for another depth.
+    palettes for another depth. Where the header leaves no room for a palette, it stays as it is.
     """
     if len(data) < 54 or u32(data, 14) < 40 or u32(data, 10) <= 14 + u32(data, 14):
         return data
@@ -103,7 +103,7 @@ def without_extra_channels(data: bytes) -> bytes:
 
 def first_page(data: bytes) -> bytes:
     """Return the first PCX file of a DCX, which Pillow would give the palette of the last one.
-    Return anything else as it is.
+    Return anything else as it is. An offset at which no PCX file begins is damage, and ends none.
     """
     if not data.startswith(_DCX) or len(data) < 8:
         return data

@@ -140,9 +140,9 @@ class Layout:
         samples = tags.one(277, 3 if compression == 6 and photometric in {2, 6} else 1)
         if samples < 1:
             raise broken(f"{samples} samples per pixel")
-        if compression not in {6, *FAX}:  # the defaults are those of black and white
+        if compression not in {6, *FAX}:  # the defaults, one sample of one bit, are black and white
             if photometric not in {0, 1} or samples > 1:
-                tags.one(258)
+                tags.one(258)  # raises if it is missing
             if 338 in tags.values:  # extra samples
                 tags.one(277)
         tiled = 324 in tags.values or 322 in tags.values
