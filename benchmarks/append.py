@@ -17,10 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import million  # also finds the modules of the tests
+from msgspec.structs import replace
 
 from imagemill.display.observer import Watcher
 from imagemill.job.open_job import OpenJob

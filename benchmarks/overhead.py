@@ -20,9 +20,10 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from imagemill import bench
 from imagemill.job import ledger, plan

@@ -19,12 +19,12 @@ import tracemalloc
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import fields, replace
 from PIL import Image, ImageOps, ImageSequence
 
 import helpers
@@ -122,7 +122,7 @@ def test_run_takes_every_setting() -> None:
     keywords = {
         name: value.default for name, value in inspect.signature(imagemill.run).parameters.items()
     }
-    settings = {item.name: item.default for item in dataclasses.fields(Settings)}
+    settings = {item.name: item.default for item in fields(Settings)}
     assert keywords.pop("progress") is False
     assert settings.pop("dry_run") is False
     assert set(keywords) == set(settings)

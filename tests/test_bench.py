@@ -281,7 +281,7 @@ def end_to_end(*busy: float | None) -> Summary:
     shares = [
         DeviceSummary(f"cuda#{place}", 1, 1.0, 0, busy=share) for place, share in enumerate(busy)
     ]
-    values: dict[str, Any] = dict.fromkeys(Summary.__dataclass_fields__)
+    values: dict[str, Any] = dict.fromkeys(Summary.__struct_fields__)
     return Summary(**(values | {"devices": tuple(shares)}))
 
 
@@ -290,7 +290,7 @@ def report(figures: DeviceFigures | None, devices: int, **changes: Any) -> bench
         names = {f"cuda#{number}": median / devices for number in range(devices)}
         return bench.Rates(median, median, median, (median,), names)
 
-    values: dict[str, Any] = dict.fromkeys(bench.BenchReport.__dataclass_fields__)
+    values: dict[str, Any] = dict.fromkeys(bench.BenchReport.__struct_fields__)
     values |= {
         "model": "resnet50",
         "precision": "fp16",

@@ -203,9 +203,9 @@ def test_the_fields_of_the_summary_are_those_of_the_design() -> None:
     paragraph = " ".join(DESIGN.partition("\n`summary.json`: ")[2].partition("\n\n")[0].split())
     head, _, devices = paragraph.partition("`devices` (list: ")
     reported = set(re.findall(r"`(\w+)`(?:,| \()", head)) - {"compute", "decode", "read", "write"}
-    assert reported | {"devices"} == set(records.Summary.__slots__)
+    assert reported | {"devices"} == set(records.Summary.__struct_fields__)
     listed = devices.partition("). ")[0]
-    assert set(re.findall(r"`(\w+)`", listed)) == set(records.DeviceSummary.__slots__)
+    assert set(re.findall(r"`(\w+)`", listed)) == set(records.DeviceSummary.__struct_fields__)
 
 
 def test_the_files_of_the_output_are_those_of_the_design(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ import sys
 import threading
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -29,6 +28,7 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 import archive_files
 import helpers

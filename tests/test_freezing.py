@@ -4,14 +4,13 @@ takes over.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError, OutputError, UsageError
@@ -69,7 +68,7 @@ def other_recipes() -> list[Recipe]:
         "exif": not recipe.exif,
         "background": "#ff0000",
     }
-    assert set(changed) == {field.name for field in dataclasses.fields(Recipe)}
+    assert set(changed) == set(Recipe.__struct_fields__)
     return [replace(recipe, **{name: value}) for name, value in changed.items()]
 
 

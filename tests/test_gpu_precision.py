@@ -5,12 +5,12 @@ is slower than decoding. Rates and answers of the card are made up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from imagemill.bench import measure as bench
 from imagemill.errors import DeviceMemoryError

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from imagemill.display import results
 from imagemill.errors import (

@@ -7,7 +7,6 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 import helpers
 from batches import batches, make_spec

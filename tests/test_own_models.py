@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import safetensors.numpy
+from msgspec.structs import replace
 from PIL import Image
 
 import pth_files

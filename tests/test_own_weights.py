@@ -9,12 +9,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from msgspec.structs import replace
 from safetensors.numpy import save_file
 
 import pth_files

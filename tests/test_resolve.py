@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import shutil
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from imagemill.errors import UsageError
 from imagemill.models import get, mistaken, resolve

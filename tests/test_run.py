@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import json
 import os
 import re
@@ -12,13 +11,13 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 from PIL import Image
 
 import helpers
@@ -1198,7 +1197,7 @@ def test_a_source_that_is_gone_ends_a_resume_before_it_begins(
 
     source = tmp_path / "moving"
     shutil.copytree(started.sources[0], source)
-    settings = dataclasses.replace(started, sources=(str(source),), output=str(tmp_path / "two"))
+    settings = replace(started, sources=(str(source),), output=str(tmp_path / "two"))
     run.run(settings)
     (tmp_path / "two" / "predictions" / "part-000000.parquet").unlink()
     source.rename(tmp_path / "away")
@@ -1284,7 +1283,9 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     """The message names flag and value; the output folder does not hold a job afterwards."""
     with pytest.raises(UsageError) as caught:
         run.run(
-            Settings(**{**{f: getattr(job(jpegs(1)), f) for f in Settings.__slots__}, **change})
+            Settings(
+                **{**{f: getattr(job(jpegs(1)), f) for f in Settings.__struct_fields__}, **change}
+            )
         )
     assert message in str(caught.value)
     assert not (tmp_path / "out" / "job.json").exists()

@@ -8,13 +8,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx.reference
 import pytest
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 import helpers

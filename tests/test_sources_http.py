@@ -17,7 +17,6 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -27,6 +26,7 @@ from urllib.parse import unquote
 
 import pytest
 import trustme
+from msgspec.structs import replace
 
 import helpers
 import sample_images

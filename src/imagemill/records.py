@@ -12,27 +12,15 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-
-_T = TypeVar("_T")
-
-
-@dataclass_transform(frozen_default=True)
-def record_of_image(kind: type[_T]) -> type[_T]:
-    """Return a dataclass with slots, which type checkers know as frozen.
-
-    For records of which there is one per image. A frozen dataclass takes five times as long to
-    make.
-    """
-    return dataclass(slots=True)(kind)
 
 
 class Status(StrEnum):
@@ -125,8 +113,7 @@ class KeptType(StrEnum):
     BOOLEAN = "bool"
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(Struct, frozen=True):
     """A column of the sources that goes along into `predictions/`."""
 
     column: str
@@ -139,8 +126,7 @@ class Kept:
         return self.column if self.column == self.name else f"{self.column}={self.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
+class Recipe(Struct, frozen=True):
     """How an image becomes the model's input; normalisation is not here, it is the graph's first
     layer.
     """
@@ -169,8 +155,7 @@ class Recipe:
     """Colour that transparent images are blended onto, as `#rrggbb`; None: alpha is dropped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(Struct, frozen=True):
     """What a bundle knows about its model (`card.json`)."""
 
     name: str
@@ -202,7 +187,7 @@ class Card:
     """A network without a head has only `embedding`."""
     top1: float | None = None
     """Published top-1 accuracy on ImageNet, per cent."""
-    notes: Mapping[str, object] = field(default_factory=dict)
+    notes: Mapping[str, object] = {}
 
     @property
     def has_head(self) -> bool:
@@ -210,8 +195,7 @@ class Card:
         return "logits" in self.outputs
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """Budgets of one image; beyond them it is a `too_large` or `timeout` row."""
 
     max_pixels: int = 180_000_000
@@ -222,8 +206,7 @@ class Limits:
     """Reading and decoding, wall clock."""
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(Struct, frozen=True):
     """How the sources of a job are read now. It changes no answer and is not part of the frozen
     job.
     """
@@ -255,8 +238,7 @@ def is_below(location: bytes, place: str) -> bool:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """What the user asked for; None means unsaid, so that a resumed job keeps what was frozen.
 
     `include`, `exclude`, `all_files` and `limit` select images also by their absence, so for them
@@ -309,8 +291,7 @@ class Settings:
     user_agent: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceSpec:
+class DeviceSpec(Struct, frozen=True):
     """One device as the launcher hands it to its worker process."""
 
     name: str
@@ -342,8 +323,7 @@ class DeviceSpec:
         return self.backend if self.kind in ("cpu", "null") else f"{self.backend}:{self.kind}"
 
 
-@dataclass(frozen=True, slots=True)
-class SessionSpec:
+class SessionSpec(Struct, frozen=True):
     """What a session compiles, and how."""
 
     model_file: str
@@ -364,8 +344,7 @@ class SessionSpec:
     """A benchmark without images: a device may generate its input itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """One `imagemill run` as it was frozen; all that a worker needs besides its device and its
     leases.
     """
@@ -394,8 +373,7 @@ class Job:
     """How the sources are read this time; in `job.json` always the default."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(Struct, frozen=True):
     """A run of images that is committed as a whole."""
 
     number: int
@@ -411,12 +389,11 @@ class Shard:
     """Of its generation, which its part carries; empty: that of the job as it was frozen."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(Struct, frozen=True):
     """A shard on its way to a worker, with what is known about the images in it."""
 
     shard: Shard
-    quarantined: Mapping[int, IsolationReason] = field(default_factory=dict)
+    quarantined: Mapping[int, IsolationReason] = {}
     """Index of each image to decode in a process of its own → why."""
     isolate: bool = False
     """Decode every image of the shard in a process of its own, because more than one worker died
@@ -424,8 +401,7 @@ class Lease:
     """
 
 
-@record_of_image
-class PlannedImage:
+class PlannedImage(Struct, frozen=True):
     """One planned image, not yet read."""
 
     index: int
@@ -456,8 +432,7 @@ class BadImage(Exception):  # noqa: N818 - not an error of the program but a row
         self.height = height
 
 
-@record_of_image
-class Decoded:
+class Decoded(Struct, frozen=True):
     """One image after decoding and preprocessing."""
 
     pixels: NDArray[np.uint8] | None
@@ -469,8 +444,7 @@ class Decoded:
     height: int | None = None
 
 
-@record_of_image
-class Row:
+class Row(Struct, frozen=True):
     """What a batch knows of one image: everything but its pixels."""
 
     index: int
@@ -488,8 +462,7 @@ class Row:
     """As `Entry.kept`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Struct, frozen=True):
     """A fixed-size batch. Images that could not be decoded take no place in it, only a row."""
 
     pixels: NDArray[np.uint8]
@@ -501,8 +474,7 @@ class Batch:
     """In plan order; at least `filled` of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
+class Outputs(Struct, frozen=True):
     """What a session returns for a batch, padding dropped."""
 
     logits: NDArray[np.float32]
@@ -511,8 +483,7 @@ class Outputs:
     """float32 (filled, features), where the job saves it."""
 
 
-@dataclass(frozen=True, slots=True)
-class TopK:
+class TopK(Struct, frozen=True):
     """The most probable classes of each image of a batch, most probable first, ties by class id.
 
     Of each image, only the first `counts` of the k classes are kept. The others are padding.
@@ -527,8 +498,7 @@ class TopK:
     outputs: Outputs
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Struct, frozen=True):
     """What committing a part returns."""
 
     shard: int
@@ -538,11 +508,10 @@ class Receipt:
     seconds: float
     """From the shard's first batch to its commit."""
     sha256: str
-    failed_by_status: Mapping[str, int] = field(default_factory=dict)
+    failed_by_status: Mapping[str, int] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
+class Clock(Struct, frozen=True):
     """Where a worker's time went since it started, seconds."""
 
     read: float = 0.0
@@ -570,8 +539,7 @@ class Clock:
     """Copies between host and device, by the device's clock; they may overlap."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryTraffic:
+class MemoryTraffic(Struct, frozen=True):
     """What a device's memory allows a model."""
 
     bytes_per_image: float
@@ -580,8 +548,7 @@ class MemoryTraffic:
     """At which the device copies within its memory, reads plus writes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Throughput:
+class Throughput(Struct, frozen=True):
     """When rows were made, per device."""
 
     bucket_s: float
@@ -593,8 +560,7 @@ class Throughput:
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Preflight:
+class Preflight(Struct, frozen=True):
     """Estimates for a new job, from a sample of its images and its first seconds."""
 
     sampled: int
@@ -615,8 +581,7 @@ class Preflight:
     """Estimated size of all parts."""
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceSummary:
+class DeviceSummary(Struct, frozen=True):
     """One device's share of a job."""
 
     name: str
@@ -631,8 +596,7 @@ class DeviceSummary:
     """Share of the time in which it computed; None if it does not tell."""
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(Struct, frozen=True):
     """`summary.json`: what one finished job was, and what this invocation added to it."""
 
     images: int
@@ -653,7 +617,7 @@ class Summary:
     """`compute`, `decode`, `read` or `write`; None where nothing ran."""
     devices: tuple[DeviceSummary, ...]
     output: str
-    rates: Mapping[str, float] = field(default_factory=dict)
+    rates: Mapping[str, float] = {}
     """images/s: `decode_only`, `compute_only` and, if the devices tell, `transfer_only`, as this
     run's clocks suggest them; and `achieved`.
     """
@@ -683,9 +647,9 @@ class Summary:
     """None where this invocation made none."""
     recomputed: int = 0
     """Images that overflowed fp16 and were computed again in fp32, in this run."""
-    extras: Mapping[str, int] = field(default_factory=dict)
+    extras: Mapping[str, int] = {}
     """Extras that are not installed and would read failed images → how many images."""
-    machine: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = {}
     """What the job ran on: `system`, `processor`, `cores`, `memory`, `python`."""
 
     def __repr__(self) -> str:
@@ -716,16 +680,14 @@ def html_table(rows: Iterable[tuple[str, str]]) -> str:
     return f'<table style="text-align:left">{"".join(cells)}</table>'
 
 
-@dataclass(frozen=True, slots=True)
-class Bundle:
+class Bundle(Struct, frozen=True):
     """A model on disk."""
 
     dir: Path
     card: Card
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One line of a listing."""
 
     source: int
@@ -743,8 +705,7 @@ class Entry:
     """A JSON list of the values that `Job.keep` names; empty: all are null."""
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
+class Filters(Struct, frozen=True):
     """Which entries of a source are planned."""
 
     include: tuple[str, ...] = ()
@@ -752,8 +713,7 @@ class Filters:
     all_files: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(Struct, frozen=True):
     """How far the job is, handed to the display at every tick."""
 
     rows: int
@@ -772,5 +732,5 @@ class Progress:
     since_first_lease_s: float
     ready: int
     """Devices whose session is compiled."""
-    retired: dict[str, str] = field(default_factory=dict)
+    retired: dict[str, str] = {}
     """Devices that are not used any more → why."""

@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+
+from msgspec import Struct
 
 from imagemill.arrange.links import Link, Maker, names_in
 from imagemill.errors import OutputError, SourceError, UsageError
@@ -31,8 +32,7 @@ MAX_PARTITIONS = 512
 _TEMPORARY = b".imagemill-partition.tmp"
 
 
-@dataclass(frozen=True, slots=True)
-class Partitioned:
+class Partitioned(Struct, frozen=True):
     """The outcome of `partition`."""
 
     output: str

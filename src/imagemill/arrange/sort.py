@@ -18,11 +18,12 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from imagemill.arrange import names
@@ -47,8 +48,7 @@ _FETCHING = 16
 _NAMED = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """Which images are sorted, and by what."""
 
     by: str = "label"
@@ -62,8 +62,7 @@ class Choice:
 ALL_LABELS = Choice()
 
 
-@dataclass(frozen=True, slots=True)
-class Sorted:
+class Sorted(Struct, frozen=True):
     """The outcome of `sort`."""
 
     into: str
@@ -76,7 +75,7 @@ class Sorted:
     removed: int = 0
     """Files of an earlier call that do not belong there any more."""
     link: Link | None = None
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    left_out: Mapping[str, int] = {}
     """Number of images that were not chosen, by reason."""
     unreadable: int = 0
     """Images that were chosen and cannot be read now."""
@@ -85,8 +84,7 @@ class Sorted:
     """Images of the job that have no row yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
+class _Image(Struct, frozen=True):
     """An image that was chosen."""
 
     row: Mapping[str, Any]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imagemill.records import Precision
 
@@ -15,8 +16,7 @@ CLOSE = 1.25
 """If two rates are within this factor of each other, the advice names both."""
 
 
-@dataclass(frozen=True, slots=True)
-class Setup:
+class Setup(Struct, frozen=True):
     """What computes and decodes."""
 
     precision: Precision

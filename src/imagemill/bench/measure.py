@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
+
+from msgspec.structs import replace
 
 from imagemill.bench.batch_search import find_batch_size
 from imagemill.bench.bottleneck import Setup, find_bottleneck

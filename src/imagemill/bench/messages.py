@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from imagemill.records import DeviceSpec, Job, Lease, MemoryTraffic, SessionSpec
 
@@ -15,41 +16,36 @@ from imagemill.records import DeviceSpec, Job, Lease, MemoryTraffic, SessionSpec
 # Stop ────────────────────────►
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(Struct, frozen=True):
     """The first message: what to compile, and for which device."""
 
     spec: SessionSpec
     device: DeviceSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(Struct, frozen=True):
     """The session is compiled."""
 
     backend: str
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = {}
     traffic: MemoryTraffic | None = None
     """What the device's memory allows; None if that is not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class Compute:
+class Compute(Struct, frozen=True):
     """Send this many synthetic batches through the session."""
 
     batches: int
 
 
-@dataclass(frozen=True, slots=True)
-class Decode:
+class Decode(Struct, frozen=True):
     """Decode these shards into batches and discard them."""
 
     job: Job
     leases: tuple[Lease, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
+class Measured(Struct, frozen=True):
     """How long one order took."""
 
     images: int

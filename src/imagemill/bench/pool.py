@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imagemill.bench.messages import Begin, Compute, Decode, Measured, Ready
 from imagemill.errors import WorkerError
@@ -13,8 +14,7 @@ from imagemill.records import DeviceSpec, MemoryTraffic, SessionSpec
 from imagemill.system.processes import Child, ChildError, Stop
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(Struct, frozen=True):
     device: DeviceSpec
     child: Child
 

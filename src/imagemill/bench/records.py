@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Final
+
+from msgspec import Struct
 
 SEARCH: Final = "search"
 
 
-@dataclass(frozen=True, slots=True)
-class BenchSettings:
+class BenchSettings(Struct, frozen=True):
     """What the user asked for; None leaves it to imagemill, as in `Settings`."""
 
     sources: tuple[str, ...] = ()
@@ -35,8 +35,7 @@ class BenchSettings:
     """
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(Struct, frozen=True):
     """One kind of measurement, images/s over the iterations."""
 
     median: float
@@ -50,8 +49,7 @@ class Rates:
     """
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceFigures:
+class DeviceFigures(Struct, frozen=True):
     """What devices other than the CPU tell of themselves, all together; None if they do not."""
 
     busy: float | None = None
@@ -66,8 +64,7 @@ class DeviceFigures:
     """So many cores like this machine's would decode as fast as the devices compute."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchReport:
+class BenchReport(Struct, frozen=True, kw_only=True):
     """All that one bench measured and concluded."""
 
     model: str
@@ -86,7 +83,7 @@ class BenchReport:
     machine: Mapping[str, object]
     versions: Mapping[str, str]
     settings: BenchSettings
-    batch_sizes: Mapping[str, float] = field(default_factory=dict)
+    batch_sizes: Mapping[str, float] = {}
     """After `--batch-size search`: batch size → images/s, compute only."""
     transfer_only: Rates | None = None
     """Copies between host and device; None if no device tells."""

@@ -6,8 +6,9 @@ import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from imagemill.display.text import wrap_parts
 from imagemill.errors import counted, printable
@@ -21,8 +22,7 @@ _LAST_COLUMNS: Final = 20
 """Room that a table needs for its last column, which is wrapped."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
+class _Line(Struct, frozen=True):
     """What is shown of one model."""
 
     name: str

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
+
+from msgspec import Struct
+from msgspec.structs import astuple
 
 from imagemill.pipeline.stopwatch import bound_by
 from imagemill.records import Clock, Progress
@@ -24,8 +26,7 @@ _INTERVAL_S = 10.0
 """Between snapshots of the clocks. The bottleneck is that of the last one or two intervals."""
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Struct, frozen=True):
     """How far a job is, how fast it goes, and how long it will take."""
 
     total: int
@@ -181,6 +182,6 @@ class Pace:
         before_s, before = self._snapshots[0]
         # The clock of a worker that died no longer counts, so a sum may become smaller.
         recent = Clock(
-            *(max(0, getattr(clock, name) - getattr(before, name)) for name in Clock.__slots__)
+            *(max(0, new - old) for new, old in zip(astuple(clock), astuple(before), strict=True))
         )
         return bound_by(recent, now_s - before_s) if recent.images else None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+
+from msgspec import Struct
 
 from imagemill.errors import OutputError
 from imagemill.job.paths import JobPaths
@@ -27,8 +28,7 @@ _READ_AT_ONCE = 16
 """A daily `--append` makes hundreds of documents, and an object store takes some 30 ms for each."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
+class Generation(Struct, frozen=True, kw_only=True):
     """What is known of the images that one command froze.
 
     Its document is written last, so if it exists, the generation's plan is complete.
@@ -60,8 +60,7 @@ class Generation:
     """Which plan in an object store belongs to this generation."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frozen(Generation):
+class Frozen(Generation, frozen=True, kw_only=True):
     """`job.json`: the job as it was frozen, which is its first generation."""
 
     job: Job
@@ -83,8 +82,7 @@ class Frozen(Generation):
         return self.job.sources
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Appended(Generation):
+class Appended(Generation, frozen=True, kw_only=True):
     """`appended/NNNNNN.json`: a further generation, the images that one `--append` added. It never
     changes.
     """
@@ -96,8 +94,7 @@ class Appended(Generation):
     answer_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class PartRecord:
+class PartRecord(Struct, frozen=True):
     """What `manifest.json` says of one part."""
 
     rows: int
@@ -106,8 +103,7 @@ class PartRecord:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """`manifest.json`: what each part of a finished job holds. It can be rebuilt from the parts."""
 
     plan_id: str
@@ -116,8 +112,7 @@ class Manifest:
     """By file name."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
+class _Header(Struct, frozen=True):
     format: Any = None
 
 
@@ -189,13 +184,12 @@ def read_retired(store: Store) -> dict[str, str]:
     return _read_rebuildable(store, store.paths.retired, dict[str, str]) or {}
 
 
-@dataclass(frozen=True, slots=True)
-class RunningPace:
+class RunningPace(Struct, frozen=True):
     """`pace.json`: how fast a running job is. Rates are images/s; None is not known yet."""
 
     images_per_second: float | None = None
     seconds_left: float | None = None
-    devices: Mapping[str, float | None] = field(default_factory=dict)
+    devices: Mapping[str, float | None] = {}
 
 
 def read_pace(paths: JobPaths) -> RunningPace:

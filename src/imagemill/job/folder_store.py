@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+from msgspec import Struct
 
 from imagemill.errors import NotAJobError, OutputError
 from imagemill.job.paths import JobPaths
 from imagemill.system import files
 
 
-@dataclass(frozen=True, slots=True)
-class FolderStore:
+class FolderStore(Struct, frozen=True):
     """A `Store` in a folder. Plan and logs are written in place."""
 
     paths: JobPaths

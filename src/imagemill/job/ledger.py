@@ -13,13 +13,13 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from msgspec import Struct
 
 from imagemill.errors import OutputError, PartError, counted
 from imagemill.job import documents, plan
@@ -48,15 +48,14 @@ Returns the line of a list that names this image; None if no line can.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(Struct, frozen=True):
     """The sum over all parts."""
 
     images: int
-    failed_by_status: Mapping[str, int] = field(default_factory=dict)
+    failed_by_status: Mapping[str, int] = {}
     unlisted: int = 0
     """Failed images that `failed.txt` cannot name, because they are in archives or tables."""
-    extras: Mapping[str, int] = field(default_factory=dict)
+    extras: Mapping[str, int] = {}
     """Extras that would read failed images → how many."""
 
     @property
@@ -65,8 +64,7 @@ class Totals:
         return sum(self.failed_by_status.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(Struct, frozen=True):
     """Something wrong that `verify` found."""
 
     shard: int | None

@@ -6,10 +6,12 @@ import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.errors import NotAJobError, OutputError, counted, printable
 from imagemill.job import documents, ledger, lock, plan
@@ -22,8 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-@dataclass(frozen=True, slots=True)
-class JobStatus:
+class JobStatus(Struct, frozen=True):
     """How far a job has got."""
 
     images: int
@@ -38,12 +39,11 @@ class JobStatus:
     images_per_second: float | None = None
     """Of a job that runs on this machine, recently; None if it is not known."""
     seconds_left: float | None = None
-    devices: Mapping[str, float | None] = field(default_factory=dict)
+    devices: Mapping[str, float | None] = {}
     """images/s by device, while the job runs on this machine."""
 
 
-@dataclass(frozen=True)
-class OpenJob:
+class OpenJob(Struct, frozen=True, dict=True):
     """A frozen job with its store and its plan.
 
     `frozen` is the whole job, all of its generations together. Only what continues a job or adds to

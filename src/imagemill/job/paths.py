@@ -11,8 +11,9 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from imagemill.system import storage, userdirs
 from imagemill.system.files import _TEMPORARY_SUFFIX
@@ -21,8 +22,7 @@ _PART_PREFIX = "part-"
 _PART_SUFFIX = ".parquet"
 
 
-@dataclass(frozen=True, slots=True)
-class JobPaths:
+class JobPaths(Struct, frozen=True):
     """The output folder of one job, or the local folder of a job in an object store."""
 
     root: Path

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import Struct
 
 from imagemill.errors import OutputError
-from imagemill.records import Entry, Shard, record_of_image
+from imagemill.records import Entry, Shard
 from imagemill.system.files import cannot_write, sync_file, sync_folder
 
 SCHEMA = pa.schema(
@@ -41,8 +41,7 @@ _SHARDS_PER_FILE = 200
 _MIN_SHARD_SIZE, _MAX_SHARD_SIZE, _MAX_SHARDS = 32, 1_024, 10_000
 
 
-@record_of_image
-class PlannedRow:
+class PlannedRow(Struct, frozen=True):
     """One row of the plan."""
 
     index: int
@@ -53,8 +52,7 @@ class PlannedRow:
     kept: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(Struct, frozen=True):
     """The counts of a spooled listing."""
 
     images: int

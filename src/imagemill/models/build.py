@@ -7,11 +7,11 @@ card: preprocessing, labels, scores, licence ───────┴─► bund
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from imagemill.errors import ClassCountError, UsageError

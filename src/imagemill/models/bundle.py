@@ -16,9 +16,10 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec.structs import replace
 
 from imagemill.errors import ModelError, OutputError, counted
 from imagemill.records import Bundle, Card, Recipe, Scores

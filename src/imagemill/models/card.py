@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 import typing
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
+from msgspec.structs import asdict, replace
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models.folders import json_file
@@ -56,8 +56,7 @@ class Crop(StrEnum):
     NONE = "none"
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
+class ModelCard(Struct, frozen=True):
     """What a model's own network does not say.
 
     Every key is optional and may be null, which means the default named here. `wrap.bundle_for`
@@ -137,12 +136,11 @@ class ModelCard:
     licence: Annotated[Name, Meta(description="a text of one line")] = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class ReadCard:
+class ReadCard(Struct, frozen=True):
     """A card that was read from a model's own files, and where its values came from."""
 
     card: ModelCard
-    origins: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = {}
     """Name of a field of the card → where its value came from, for example
     `{"labels": "config.json: id2label"}`.
     """
@@ -188,9 +186,9 @@ class ReadCard:
     def lines(self) -> tuple[str, ...]:
         """Return one line per value whose origin is known, in the order of the card's fields."""
         return tuple(
-            f"{item.name}: {_shown(getattr(self.card, item.name))} ({self.origins[item.name]})"
-            for item in fields(ModelCard)
-            if item.name in self.origins
+            f"{name}: {_shown(getattr(self.card, name))} ({self.origins[name]})"
+            for name in ModelCard.__struct_fields__
+            if name in self.origins
         )
 
 
@@ -224,7 +222,7 @@ def read_card(path: Path) -> ReadCard:
         values = json_file.read(path).values
     except ModelError as error:
         raise ModelError(f"{error} {remedy}") from error
-    known = [item.name for item in fields(ModelCard)]
+    known = ModelCard.__struct_fields__
     if unknown := [key for key in values if key not in known]:
         raise ModelError(
             f"{path} has the unknown key {printable(unknown[0])!r}. Known: {', '.join(known)}."

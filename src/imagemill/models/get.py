@@ -10,9 +10,11 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.errors import (
     CheckpointError,
@@ -41,8 +43,7 @@ NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 """What a model may be called."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
+class _Asked(Struct, frozen=True):
     """What the user asked for; without file, URL and seed the published weights called `name`."""
 
     name: str
@@ -65,8 +66,7 @@ class _Asked:
         return hashlib.sha256(json.dumps(self.given, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
+class _Weights(Struct, frozen=True):
     """A checkpoint that was read, and where it was read from."""
 
     checkpoint: Checkpoint

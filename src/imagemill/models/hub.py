@@ -17,9 +17,10 @@ import re
 import shutil
 import urllib.parse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from msgspec import Struct
 
 from imagemill.errors import DownloadError, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
@@ -56,8 +57,7 @@ _MAX_FILES: Final = 100_000
 _TIMEOUT_S: Final = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class HubFile:
+class HubFile(Struct, frozen=True):
     """A file of a repository, as the Hub lists it."""
 
     size: int
@@ -68,8 +68,7 @@ class HubFile:
     """Git's hash of a file that it keeps itself."""
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(Struct, frozen=True):
     """What a repository holds at one commit."""
 
     repo: str
@@ -79,8 +78,7 @@ class Listing:
     files: Mapping[str, HubFile]
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(Struct, frozen=True):
     """The files of one commit that a model is made from, on disk."""
 
     folder: Path

@@ -7,10 +7,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from imagemill.errors import ModelError
 from imagemill.models import bundle as bundles
@@ -47,8 +48,7 @@ class How(StrEnum):
     """The weights are downloaded."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelRow:
+class ModelRow(Struct, frozen=True):
     """One line of `imagemill models`."""
 
     name: str

@@ -10,8 +10,9 @@ and recipes are the publishers' own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
+
+from msgspec import Struct
 
 from imagemill.models.architectures import ARCHITECTURES
 from imagemill.records import Interpolation, Recipe
@@ -27,8 +28,7 @@ _BICUBIC_95: Final = Recipe(resize=235, interpolation=Interpolation.BICUBIC)
 """A centre crop of 95 %: 224 / 0.95 = 235."""
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(Struct, frozen=True):
     """One published checkpoint."""
 
     name: str

@@ -12,9 +12,10 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
+
+from msgspec.structs import replace
 
 from imagemill.errors import DownloadError, ImagemillError, UsageError, printable
 from imagemill.models import bundle as bundles

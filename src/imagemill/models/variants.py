@@ -13,9 +13,11 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.errors import ModelError, OutputError
 from imagemill.models import bundle as bundles
@@ -27,8 +29,7 @@ TOO_FEW: Final = "too few images"
 """Start of a comparison's reason if there are too few images."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flip:
+class Flip(Struct, frozen=True):
     """An image with another answer than in fp32."""
 
     image: str
@@ -44,8 +45,7 @@ class Flip:
     was_sure: bool
 
 
-@dataclass(frozen=True, slots=True)
-class TrueAccuracy:
+class TrueAccuracy(Struct, frozen=True):
     """How many answers are right, by `quantize --truth`: shares of the most probable class."""
 
     truth: str
@@ -56,8 +56,7 @@ class TrueAccuracy:
     precision: float
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Struct, frozen=True):
     """The result of comparing a faster precision with fp32."""
 
     images: int
@@ -90,16 +89,14 @@ class Comparison:
         return not self.reason.startswith(TOO_FEW)
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(Struct, frozen=True):
     """The images that int8 was calibrated on."""
 
     id: str
     images: int
 
 
-@dataclass(frozen=True, slots=True)
-class PrecisionRecord:
+class PrecisionRecord(Struct, frozen=True):
     """What a bundle keeps of one faster precision."""
 
     comparison: Comparison
@@ -131,13 +128,12 @@ class PrecisionRecord:
         return self.images_per_second / self.fp32_images_per_second if both else None
 
 
-@dataclass(frozen=True, slots=True)
-class Precisions:
+class Precisions(Struct, frozen=True):
     """`accuracy.json`."""
 
     int8: PrecisionRecord | None = None
     bf16: PrecisionRecord | None = None
-    gpus: Mapping[str, PrecisionRecord] = field(default_factory=dict)
+    gpus: Mapping[str, PrecisionRecord] = {}
     """Records by precision and model of GPU: `fp16 on NVIDIA H100 (132 SMs)`."""
 
     def get(self, name: str) -> PrecisionRecord | None:

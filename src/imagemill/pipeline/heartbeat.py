@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import mmap
 import time
-from dataclasses import dataclass
 from typing import IO
+
+from msgspec import Struct
 
 from imagemill.records import Clock
 from imagemill.system import files
@@ -40,8 +41,7 @@ def shared_file() -> IO[bytes]:
     return file
 
 
-@dataclass(frozen=True, slots=True)
-class ActiveImage:
+class ActiveImage(Struct, frozen=True):
     """An image that a decoding thread is working on."""
 
     index: int

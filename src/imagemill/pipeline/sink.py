@@ -8,12 +8,12 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from imagemill.job.columns import _COLUMNS, _TOP_K
@@ -22,21 +22,19 @@ from imagemill.job.store import Store, open_store
 from imagemill.records import Batch, Job, KeptType, Receipt, Row, Saved, Shard, Status, TopK
 
 
-@dataclass(slots=True)
-class _Open:
+class _Open(Struct):
     """A shard some of whose rows are here."""
 
     shard: Shard
-    rows: list[Row] = field(default_factory=list)
-    class_ids: list[NDArray[np.int32]] = field(default_factory=list)
-    probabilities: list[NDArray[np.float32]] = field(default_factory=list)
-    counts: list[NDArray[np.intp]] = field(default_factory=list)
-    saved: dict[Saved, list[NDArray[np.float32]]] = field(default_factory=dict)
+    rows: list[Row] = []
+    class_ids: list[NDArray[np.int32]] = []
+    probabilities: list[NDArray[np.float32]] = []
+    counts: list[NDArray[np.intp]] = []
+    saved: dict[Saved, list[NDArray[np.float32]]] = {}
     since: float = field(default_factory=time.monotonic)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """A shard with all of its rows, not yet on disk."""
 
     shard: Shard

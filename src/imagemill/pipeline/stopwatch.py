@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from msgspec.structs import astuple
+
 from imagemill.pipeline.heartbeat import Heartbeat
 from imagemill.records import Clock
 
@@ -18,8 +20,7 @@ SHORT_S = 5.0
 
 def total(clocks: Iterable[Clock]) -> Clock:
     """Return the sums of several clocks."""
-    every = list(clocks)
-    return Clock(*(sum(getattr(clock, name) for clock in every) for name in Clock.__slots__))
+    return Clock(*map(sum, zip(*map(astuple, clocks), strict=True)))
 
 
 def bound_by(clock: Clock, seconds: float) -> str | None:

@@ -5,9 +5,9 @@ infinity.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from imagemill.errors import BadLogitsError, ClassCountError, counted

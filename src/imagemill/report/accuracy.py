@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from imagemill.job.open_job import OpenJob
 from imagemill.report import figures
@@ -14,8 +14,7 @@ CONFUSIONS = 8
 """Confusions that the page shows with their images, the most frequent ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Accuracy:
+class Accuracy(Struct, frozen=True):
     """The score of a job, and images for it."""
 
     score: Score | None

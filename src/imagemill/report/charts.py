@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imagemill.records import Clock, DeviceSummary, Throughput
 
@@ -17,8 +18,7 @@ _LINES = 6
 """If there are more devices than this, all their lines look alike."""
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(Struct, frozen=True):
     """One line of a chart."""
 
     name: str
@@ -28,8 +28,7 @@ class Line:
     """An SVG path."""
 
 
-@dataclass(frozen=True, slots=True)
-class RateChart:
+class RateChart(Struct, frozen=True):
     """images/s over time."""
 
     lines: tuple[Line, ...]
@@ -43,8 +42,7 @@ class RateChart:
     """From and to, in seconds, and images/s of each column."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(Struct, frozen=True):
     """A piece of a bar."""
 
     name: str

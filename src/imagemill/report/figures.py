@@ -6,11 +6,11 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import printable
@@ -49,8 +49,7 @@ _ROW_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class ClassCount:
+class ClassCount(Struct, frozen=True):
     """How often a class was the most probable one."""
 
     class_id: int
@@ -59,8 +58,7 @@ class ClassCount:
     mean_probability: float
 
 
-@dataclass(frozen=True, slots=True)
-class ImageRow:
+class ImageRow(Struct, frozen=True):
     """The row of one image that the report shows."""
 
     index: int
@@ -80,8 +78,7 @@ class ImageRow:
     """Name and value of the columns of `--keep` that are not null."""
 
 
-@dataclass(frozen=True, slots=True)
-class Figures:
+class Figures(Struct, frozen=True):
     """All figures that the parts contain."""
 
     images: int
@@ -110,7 +107,7 @@ class Figures:
     """Other images, chosen at random, in plan order."""
     backend: str = ""
     uncertain_from: int = UNCERTAIN_FROM
-    versions: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = {}
     """Versions of the libraries that decided the results."""
 
 

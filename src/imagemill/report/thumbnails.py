@@ -13,9 +13,10 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+from msgspec.structs import replace
 from PIL import Image
 
 from imagemill.errors import ImagemillError
@@ -45,8 +46,7 @@ SECONDS = 60.0
 """Time limit for all thumbnails together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Thumbnail:
+class Thumbnail(Struct, frozen=True):
     """A WebP file, or the reason why there is none."""
 
     webp: bytes = b""
@@ -55,8 +55,7 @@ class Thumbnail:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Fetched:
+class _Fetched(Struct, frozen=True):
     image: ImageRow
     data: bytes = b""
     reason: str = ""

@@ -11,10 +11,11 @@ import contextlib
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 from heapq import nsmallest
 from pathlib import Path
+
+from msgspec import Struct
 
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
@@ -30,8 +31,7 @@ _BUCKET_IMAGES, _MAX_BUCKETS = 100_000, 256
 """A bucket's planned images are in memory at once, some 30 MB. Each bucket needs two open files."""
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(Struct, frozen=True):
     """A number of images, and the names of the first ones."""
 
     count: int = 0
@@ -42,8 +42,7 @@ class Named:
         return ", ".join(self.names) + (f" and {more:,} more" if more else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Struct, frozen=True):
     """The difference between a listing and a plan."""
 
     is_new: bytearray

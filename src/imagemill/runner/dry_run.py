@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from imagemill.job import plan
 from imagemill.job.columns import row_path
@@ -23,8 +24,7 @@ from imagemill.runner.settings import check_settings
 from imagemill.workers.machines import connect
 
 
-@dataclass(frozen=True, slots=True)
-class DryRun:
+class DryRun(Struct, frozen=True):
     """What `--dry-run` found."""
 
     images: int

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill import records
 from imagemill.display.results import format_skipped
@@ -84,8 +86,7 @@ def check_sources(given: Sequence[str], settings: Settings) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Relisting:
+class Relisting(Struct, frozen=True):
     """A new listing of sources of a job, compared with its plan."""
 
     added: tuple[str, ...]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from imagemill.display.observer import Watcher
 from imagemill.errors import ClassCountError, OutputError, UsageError, counted

@@ -16,8 +16,9 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from imagemill.display.pace import Pace
 from imagemill.display.text import format_duration, format_statuses

@@ -436,7 +436,7 @@ def check_settings(settings: Settings) -> Settings:
     """Check settings before anything is listed, downloaded or written, and return them with their
     sources as they are frozen (`sources.resolve`). Raises: UsageError.
     """
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from imagemill.pipeline import sources
 
@@ -466,7 +466,7 @@ def check_setting(name: str, value: Any) -> None:
 
 def limits_of(settings: Settings, otherwise: Limits) -> Limits:
     """Return the limits in the settings, completed with other ones."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     names = ("max_pixels", "max_bytes", "max_seconds")
     given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}

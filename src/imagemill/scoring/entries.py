@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import SourceError, UsageError, printable
@@ -160,8 +160,7 @@ def _repeats(values: NDArray[Any]) -> NDArray[np.bool_]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Keyed:
+class Keyed(Struct, frozen=True):
     """Entries, and how the key of an image is made."""
 
     entries: Entries

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import counted
@@ -32,8 +33,7 @@ _IDS, _PROBABILITIES = "top_k.list.element.class_id", "top_k.list.element.probab
 _PENDING_CELLS: Final = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class TrueClasses:
+class TrueClasses(Struct, frozen=True):
     """The true classes of a job's images: pairs, sorted by image and class, each pair once."""
 
     indices: NDArray[np.int64]

@@ -14,6 +14,7 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import UsageError, printable
@@ -24,8 +25,7 @@ from imagemill.scoring.entries import NONE, Codes, Entries, Keyed, Place, hashes
 from imagemill.scoring.truth import Truth, TruthKind
 
 
-@dataclass(frozen=True, slots=True)
-class TrueValues:
+class TrueValues(Struct, frozen=True):
     """The true values of a job's rows: pairs of image and value, in the order of the images."""
 
     indices: NDArray[np.int64]
@@ -195,8 +195,7 @@ def labels_in(truth: Truth, sources: Sequence[str], paths: Sequence[str]) -> Seq
 # ── tables ────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
+class Way(Struct, frozen=True):
     """A way to match images with the paths in a table."""
 
     name: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
+
+from msgspec import Struct
 
 from imagemill.pipeline.sources import is_opened, names_others, without_column
 from imagemill.system import storage
@@ -14,8 +15,7 @@ from imagemill.system import storage
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(Struct, frozen=True):
     """How paths of one source become places."""
 
     is_list: bool

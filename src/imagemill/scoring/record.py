@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class Share:
+
+class Share(Struct, frozen=True):
     """How many images are right, with the 95 % Wilson interval of the share."""
 
     correct: int
@@ -19,8 +19,7 @@ class Share:
     high: float
 
 
-@dataclass(frozen=True, slots=True)
-class ClassScore:
+class ClassScore(Struct, frozen=True):
     """How right the rows of one class are. Only readable images count."""
 
     class_id: int
@@ -39,8 +38,7 @@ class ClassScore:
     """Images of this class without a result."""
 
 
-@dataclass(frozen=True, slots=True)
-class Average:
+class Average(Struct, frozen=True):
     """Means over the classes that have images or are predicted."""
 
     precision: float
@@ -48,8 +46,7 @@ class Average:
     f1: float
 
 
-@dataclass(frozen=True, slots=True)
-class Confusion:
+class Confusion(Struct, frozen=True):
     """Images of one class that are taken for another one."""
 
     class_id: int
@@ -61,8 +58,7 @@ class Confusion:
     """The index of a few of these images, the most probable mistakes first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Bin:
+class Bin(Struct, frozen=True):
     """Images whose most probable class has a probability in `(low, high]`."""
 
     low: float
@@ -74,8 +70,7 @@ class Bin:
     """Share of right images; 0 without images."""
 
 
-@dataclass(frozen=True, slots=True)
-class Calibration:
+class Calibration(Struct, frozen=True):
     """Whether probabilities are shares of right images."""
 
     error: float
@@ -85,8 +80,7 @@ class Calibration:
     bins: tuple[Bin, ...]
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Score:
+class Score(Struct, frozen=True):
     """How accurate the rows of a job are, compared with true labels."""
 
     output: str

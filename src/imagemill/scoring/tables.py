@@ -6,13 +6,13 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
+from msgspec import Struct
 
 from imagemill.errors import ImagemillError, SourceError, UsageError
 from imagemill.pipeline.sources import arrow_types, locations, parquet
@@ -23,8 +23,7 @@ _ROWS = 65_536
 _BLOCK_BYTES = 4 * 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
+class Table(Struct, frozen=True):
     """A CSV, TSV or Parquet file."""
 
     name: str

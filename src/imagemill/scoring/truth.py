@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
+
+from msgspec import Struct
 
 from imagemill.errors import UsageError
 from imagemill.pipeline.sources.table import is_table, split_column
@@ -30,8 +31,7 @@ class TruthKind(StrEnum):
     """The member `.cls` beside the image, in WebDataset archives."""
 
 
-@dataclass(frozen=True, slots=True)
-class Truth:
+class Truth(Struct, frozen=True):
     """Where the true labels of images are."""
 
     text: str

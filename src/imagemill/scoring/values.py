@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.models.labels import imagenet_labels
@@ -18,8 +18,7 @@ UNKNOWN = -1
 _NUMBER = re.compile(r"0*([0-9]{1,9})(?:\.0+)?")
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """How the values of one truth are read."""
 
     kind: str

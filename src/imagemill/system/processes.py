@@ -19,12 +19,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
+
+from msgspec import Struct
 
 from imagemill import errors
 from imagemill.errors import DeviceLostError, ImagemillError, WorkerError
@@ -51,13 +52,11 @@ _LOG_LINES = 12
 _LOG_BYTES = 16_384
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """Tells a child to end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """A child's last message: an error for the user, which starting it again would not fix."""
 
     kind: str

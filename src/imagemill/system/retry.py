@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 import time
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class RetryPolicy:
+class RetryPolicy(Struct, frozen=True):
     """Limits of repeated attempts, and of the network requests made in them."""
 
     attempts: int = 6

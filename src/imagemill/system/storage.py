@@ -20,11 +20,12 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from urllib.parse import unquote_to_bytes
+
+from msgspec.structs import replace
 
 from imagemill.errors import UsageError
 from imagemill.system import interruptible, userdirs

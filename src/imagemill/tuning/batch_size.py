@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import replace
 from typing import Final
+
+from msgspec.structs import replace
 
 from imagemill.pipeline.backends import nvidia
 from imagemill.records import DeviceSpec, Precision, SessionSpec

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from msgspec import Struct, field
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from imagemill.errors import counted
@@ -57,8 +58,7 @@ _LONG_ENOUGH_S: Final = 0.5
 """Shorter passes give no rate."""
 
 
-@dataclass(frozen=True, slots=True)
-class AccuracyCheck:
+class AccuracyCheck(Struct, frozen=True):
     """What to check, and on what."""
 
     bundle: Bundle

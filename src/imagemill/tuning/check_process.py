@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.errors import WorkerError
 from imagemill.models.variants import PrecisionRecord
@@ -28,22 +30,19 @@ from imagemill.system.processes import Child, ChildError
 from imagemill.tuning.check import AccuracyCheck, carry_out
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(Struct, frozen=True):
     """A line for the user."""
 
     line: str
 
 
-@dataclass(frozen=True, slots=True)
-class At:
+class At(Struct, frozen=True):
     """How long the parent is to wait for the next message."""
 
     patience_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """The last message: the result by precision, which is also kept with the model."""
 
     records: Mapping[str, PrecisionRecord]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.errors import UsageError, counted
 from imagemill.models.variants import PrecisionRecord
@@ -21,8 +23,7 @@ from imagemill.tuning.images import sample
 _NAMED_FLIPS: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Struct, frozen=True):
     """What `imagemill quantize` found."""
 
     bundle: str

@@ -11,9 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
@@ -46,8 +48,7 @@ the job.
 _FEWEST: Final = 50
 
 
-@dataclass(frozen=True, slots=True)
-class ChosenPrecision:
+class ChosenPrecision(Struct, frozen=True):
     """What a job is to be frozen with."""
 
     precision: Precision

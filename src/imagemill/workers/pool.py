@@ -8,16 +8,16 @@ A pool runs one worker process per device, each under a `Supervisor`: on this ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from imagemill.records import Clock, DeviceSpec, Lease
 from imagemill.system.processes import Failed
 from imagemill.workers.protocol import Done, Idle, Pause, Ready, Want
 
 
-@dataclass(frozen=True, slots=True)
-class Died:
+class Died(Struct, frozen=True):
     """A worker's process ended, as its supervisor saw. `WorkerPool.restart` starts it again."""
 
     pid: int
@@ -33,8 +33,7 @@ class Died:
     """The last lines of its log, with a heading."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lost:
+class Lost(Struct, frozen=True):
     """A worker is gone together with its supervisor. The pool replaces it as soon as it can."""
 
     reason: str
@@ -42,23 +41,20 @@ class Lost:
     """Whether its machine is gone too, so that the worker's own work is not to blame."""
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
+class Joined(Struct, frozen=True):
     """A worker is being started on a new device, or again on one that was lost."""
 
     device: DeviceSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(Struct, frozen=True):
     """A message from one device's worker, or news about it."""
 
     device: str
     message: Ready | Want | Idle | Done | Failed | Died | Lost | Joined
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStatus:
+class WorkerStatus(Struct, frozen=True):
     """How far a worker's process is, according to its heartbeat."""
 
     rows: int = 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from imagemill.pipeline.stopwatch import total
 from imagemill.records import Clock, DeviceSpec, Lease, Progress, Receipt, Throughput
@@ -12,33 +13,31 @@ from imagemill.workers.pool import WorkerStatus
 from imagemill.workers.timeline import Timeline
 
 
-@dataclass(slots=True)
-class Outcome:
+class Outcome(Struct):
     """The result of a launch."""
 
-    receipts: list[Receipt] = field(default_factory=list)
-    devices: dict[str, int] = field(default_factory=dict)
+    receipts: list[Receipt] = []
+    devices: dict[str, int] = {}
     """Committed rows by device."""
-    restarts: dict[str, int] = field(default_factory=dict)
-    retired: dict[str, str] = field(default_factory=dict)
+    restarts: dict[str, int] = {}
+    retired: dict[str, str] = {}
     """Devices that are not used any more → why, in one line."""
-    clocks: dict[str, Clock] = field(default_factory=dict)
+    clocks: dict[str, Clock] = {}
     seconds: float = 0.0
     """From the first lease to the last commit."""
     throughput: Throughput | None = None
-    joined: list[DeviceSpec] = field(default_factory=list)
+    joined: list[DeviceSpec] = []
     """Devices that joined while it ran."""
 
 
-@dataclass(slots=True)
-class WorkerState:
+class WorkerState(Struct):
     """What the launcher knows about one device and its current process."""
 
     device: DeviceSpec
     position: int
     ready: bool = False
     idle: bool = False
-    leases: dict[int, Lease] = field(default_factory=dict)
+    leases: dict[int, Lease] = {}
     clock: Clock = field(default_factory=Clock)
     rows: int = 0
     """Committed by this process."""

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.models.architectures import graph
@@ -86,8 +86,7 @@ class _Block(NamedTuple):
     out: int
 
 
-@dataclass(frozen=True, slots=True)
-class EfficientNetLite:
+class EfficientNetLite(Struct, frozen=True):
     """One member of the family; takes RGB images of any size, by default of its own."""
 
     number: int

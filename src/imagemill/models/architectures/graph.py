@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, printable
@@ -34,8 +34,7 @@ LISTED: Final = 20
 """Mismatches listed one by one; the rest is counted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """What the graph is fed: the size of its images and how their pixels are normalised."""
 
     height: int

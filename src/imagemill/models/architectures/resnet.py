@@ -13,9 +13,9 @@ The stride is on the 3×3 convolution, as in torchvision and timm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.models.architectures import graph
@@ -51,8 +51,7 @@ _CADENE: Final = {
 """Where Cadene's nested containers keep what torchvision calls conv1, bn1, …"""
 
 
-@dataclass(frozen=True, slots=True)
-class ResNet:
+class ResNet(Struct, frozen=True):
     """One member of the family; takes RGB images of any size, 224×224 by default."""
 
     depth: int

@@ -19,12 +19,12 @@ import io
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any, Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, counted
@@ -69,8 +69,7 @@ _DEEPEST: Final = 3
 """Mappings around a state dict, besides the outermost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(Struct, frozen=True):
     """What a weights file holds."""
 
     arrays: dict[str, Array]

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import urllib.parse
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from imagemill.errors import DownloadError, UsageError
 from imagemill.system import files
@@ -88,8 +90,7 @@ def fetch(
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(Struct, frozen=True):
     """The file that a `.partial` file is a part of."""
 
     url: str

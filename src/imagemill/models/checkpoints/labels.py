@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
+
+from msgspec import Struct
 
 KEYS: Final = (
     "class_names",
@@ -24,8 +25,7 @@ _DEEPEST: Final = 2
 """Mappings around the list, besides the outermost: `{"hyper_parameters": {"classes": […]}}`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Labels:
+class Labels(Struct, frozen=True):
     """Names of classes, in the order of the scores."""
 
     key: str

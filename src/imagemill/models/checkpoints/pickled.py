@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import pickletools
 import re
-from dataclasses import dataclass
 from math import prod
 from typing import IO, Any, Final
 
 import numpy as np
+from msgspec import Struct
 
 PICKLE_OPCODES: Final = 1_000_000
 """Budget of the program; that of a ResNeXt-101 takes 25,000 opcodes."""
@@ -51,8 +51,7 @@ class Refused(Exception):  # noqa: N818 - carries the reason to `checkpoint.read
     """What is wrong with the file, in words."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Name:
+class _Name(Struct, frozen=True):
     """A name that the pickle mentions and the table admits. It stands for the thing and is never
     resolved.
     """
@@ -60,8 +59,7 @@ class _Name:
     full: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Unknown:
+class Unknown(Struct, frozen=True, eq=False):
     """A value that is not made, because the table does not admit the name of its class or
     function.
     """
@@ -82,8 +80,7 @@ class Unknown:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Storage:
+class Storage(Struct, frozen=True):
     """A run of numbers kept outside the pickle."""
 
     key: str
@@ -96,8 +93,7 @@ class Storage:
     """Elements of that view."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
+class Tensor(Struct, frozen=True, eq=False):
     """A view into a storage: offset, size and stride in elements, checked against the storage's
     bounds.
     """

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, UsageError, printable
@@ -26,8 +26,7 @@ rounded.
 Answers = list[dict[str, NDArray[np.float32]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Findings:
+class Findings(Struct, frozen=True):
     """What a check run found."""
 
     classes: int

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models.card import Layout, ModelCard, ReadCard, as_size, dimensions
@@ -35,8 +36,7 @@ _MAX_AREA: Final = 2**24
 _SURE: Final = "shape of the input"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """How a file is going to be wrapped."""
 
     file: Path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from imagemill.errors import UsageError, printable
 
@@ -31,8 +32,7 @@ _EMBEDDINGS: Final = (*_POOLED, _TOKENS, "embedding", "embeddings", "features", 
 _PROBABILITIES: Final = ("probabilities", "probability", "probs", "prob", "scores", "output")
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(Struct, frozen=True):
     """The output with the scores."""
 
     tensor: str | None
@@ -47,8 +47,7 @@ class Head:
     """As a ZipMap names the classes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
+class Features(Struct, frozen=True):
     """The tensor with the embedding."""
 
     tensor: str

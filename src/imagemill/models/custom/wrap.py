@@ -16,9 +16,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from imagemill.errors import ClassCountError, ModelError, UsageError, counted, printable
 from imagemill.models import bundle as bundles
@@ -49,8 +51,7 @@ _WRAPPER: Final = 2
 """Version of the wrapping: bundles of another version are built again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(Struct, frozen=True):
     """What a bundle is made of."""
 
     file: Path
@@ -59,14 +60,13 @@ class Source:
     read: ReadCard
     key: str
     """Hash of all of it."""
-    origin: Mapping[str, str | int | bool | None] = field(default_factory=dict)
+    origin: Mapping[str, str | int | bool | None] = {}
     """What the bundle's card says about where the model comes from, besides the file."""
     architecture: str = "onnx"
     """For the bundle's card."""
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """A custom file that was wrapped and run without a fault."""
 
     bundle: Bundle

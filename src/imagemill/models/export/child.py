@@ -15,10 +15,11 @@ import logging
 import os
 import resource
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from msgspec import Struct
 
 from imagemill.errors import ImagemillError, ModelError
 from imagemill.models import bundle as bundles
@@ -45,8 +46,7 @@ take twice their file's size in fp32, and there are up to six copies during the 
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What to export."""
 
     network: str
@@ -58,8 +58,7 @@ class Request:
     """The safetensors files."""
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
+class Exported(Struct, frozen=True):
     """The last message: the file was written and compared."""
 
     output: str

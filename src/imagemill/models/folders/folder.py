@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from imagemill.errors import CheckpointError, ModelError, printable
 from imagemill.models import build
@@ -37,8 +39,7 @@ _READER: Final = 1
 """Version of the reading: bundles of another version are built again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Model:
+class Model(Struct, frozen=True):
     """What a folder holds."""
 
     folder: Path

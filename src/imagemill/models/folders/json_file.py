@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+from msgspec import Struct
 
 from imagemill.errors import ModelError, counted, printable
 from imagemill.models.labels import check_labels
@@ -38,8 +39,7 @@ MAX_BYTES: Final = 64 * 2**20
 """Of a JSON file. A million labels fit; those of ImageNet-21k take 2 MB."""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(Struct, frozen=True):
     """A JSON object that was read from a file."""
 
     file: Path

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Annotated, Any, Final
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from imagemill.models.card import MAX_SIDE, ModelCard, ReadCard, as_size
 from imagemill.models.folders.json_file import Document
@@ -61,8 +61,7 @@ class Resizing(Enum):
     """`size` is divided by crop_pct."""
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(Struct, frozen=True):
     """`size` or `crop_size`, pixels."""
 
     height: Side | None = None
@@ -73,8 +72,7 @@ class Size:
     max_width: Side | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
+class Keys(Struct, frozen=True):
     """The keys of `preprocessor_config.json` that decide the pixels. None: missing or null."""
 
     do_resize: bool | None = None
@@ -96,8 +94,7 @@ class Keys:
     use_square_size: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Processor:
+class Processor(Struct, frozen=True):
     """One class of image processors. None: its versions disagree about this default."""
 
     mean: Mean

@@ -6,10 +6,9 @@ This follows `resolve_data_config` and `transforms_imagenet_eval` of timm 1.0.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from imagemill.errors import counted, printable
 from imagemill.models.card import MAX_SIDE, ModelCard, ReadCard, as_size
@@ -22,8 +21,7 @@ _CROPPED: Final = 0.875
 """timm's default for `crop_pct`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pretrained:
+class Pretrained(Struct, frozen=True):
     """`pretrained_cfg`. None: missing or null."""
 
     input_size: tuple[Side, Side, Side] | None = None
@@ -40,16 +38,14 @@ class Pretrained:
     architecture: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ModelArguments:
+class ModelArguments(Struct, frozen=True):
     """`model_args`: how the model was built."""
 
     img_size: Side | Pair | None = None
     in_chans: Side | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(Struct, frozen=True):
     """`config.json` without `pretrained_cfg`."""
 
     architecture: str | None = None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from msgspec import Struct
 
 from imagemill.models.card import ModelCard, ReadCard
 from imagemill.models.folders import json_file
@@ -27,8 +28,7 @@ _NEEDED: Final = ("resize", "mean", "std")
 _FLAGS: Final = "--resize, --mean and --std"
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+class Config(Struct, frozen=True):
     """The keys of `config.json` that are read. None: missing or null."""
 
     model_type: str | None = None
@@ -38,8 +38,7 @@ class Config:
     image_processor_type: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Types:
+class Types(Struct, frozen=True):
     """The keys that name the class of a processor."""
 
     image_processor_type: str | None = None

@@ -13,11 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from msgspec.structs import asdict, replace
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, UsageError, counted, printable

@@ -7,11 +7,10 @@ SigLIP   sigmoid  the model's length, always  pooler_output, pooler_output
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final
 
-from msgspec import Meta
+from msgspec import Meta, Struct, field
 
 from imagemill.models.folders import json_file
 from imagemill.records import Scores
@@ -21,8 +20,7 @@ _LONGEST: Final = 4_096
 Tokens = Annotated[int, Meta(ge=2)]
 
 
-@dataclass(frozen=True, slots=True)
-class TowerKind:
+class TowerKind(Struct, frozen=True):
     """What `model_type` decides."""
 
     scores: Scores
@@ -40,8 +38,7 @@ _KINDS: Final = {"clip": _CLIP, "siglip": _SIGLIP, "siglip2": _SIGLIP}
 """By `model_type`. The lengths are those of the published models."""
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(Struct, frozen=True):
     """How texts become tokens, and which outputs of the towers are compared."""
 
     kind: TowerKind
@@ -61,25 +58,21 @@ class Family:
         return self.kind.scores is Scores.SIGMOID
 
 
-@dataclass(frozen=True, slots=True)
-class _TextConfig:
+class _TextConfig(Struct, frozen=True):
     max_position_embeddings: Tokens | None = None
     vocab_size: Tokens | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Config:
+class _Config(Struct, frozen=True):
     model_type: str
     text_config: _TextConfig = field(default_factory=_TextConfig)
 
 
-@dataclass(frozen=True, slots=True)
-class _Token:
+class _Token(Struct, frozen=True):
     content: str
 
 
-@dataclass(frozen=True, slots=True)
-class _TokenizerConfig:
+class _TokenizerConfig(Struct, frozen=True):
     model_max_length: Annotated[float, Meta(ge=2)] | None = None
     pad_token: str | _Token | None = None
     padding_side: str | None = None

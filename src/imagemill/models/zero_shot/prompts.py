@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from imagemill.errors import UsageError, counted, printable
 from imagemill.models.labels import read_labels
@@ -22,8 +23,7 @@ MAX_CHARACTERS: Final = 1_000
 _PLACE: Final = "{}"
 
 
-@dataclass(frozen=True, slots=True)
-class Prompts:
+class Prompts(Struct, frozen=True):
     """Labels, and the templates that turn each of them into a text."""
 
     labels: tuple[str, ...]

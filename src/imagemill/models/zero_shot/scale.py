@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import msgspec
 import numpy as np
+from msgspec import Struct
 
 from imagemill.errors import ModelError, UsageError, printable
 
@@ -36,8 +36,7 @@ _UNCHANGED: Final = ("Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Uns
 """Operators that leave a single number, or the order of the scores' arithmetic, as it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(Struct, frozen=True):
     """Scale and bias of the scores, and where they came from."""
 
     scale: float

@@ -6,11 +6,11 @@ prompts ─► tokenizer.json ─► ids ─► onnx/text_model.onnx ─► embe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import ImagemillError, ModelError, UsageError, printable
@@ -27,8 +27,7 @@ _BATCH: Final = 32
 _FILLED: Final = ("input_ids", "attention_mask", "token_type_ids")
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(Struct, frozen=True):
     """Texts as numbers."""
 
     ids: list[list[int]]

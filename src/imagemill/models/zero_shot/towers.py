@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from msgspec import Struct
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import hub
@@ -22,15 +23,14 @@ _IMAGE: Final = "vision_model.onnx"
 _TEXT: Final = "text_model.onnx"
 
 
-@dataclass(frozen=True, slots=True)
-class Towers:
+class Towers(Struct, frozen=True):
     """A folder with both towers of a model, and where it came from."""
 
     folder: Path
     name: str
     """What the user typed, with the commit if it is a repository of the Hub."""
     licence: str = "unknown"
-    origin: Mapping[str, str | int | bool | None] = field(default_factory=dict)
+    origin: Mapping[str, str | int | bool | None] = {}
     """What the Hub says about the files."""
 
     @property

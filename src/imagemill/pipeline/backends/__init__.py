@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
+
+from msgspec import Struct
 
 from imagemill.errors import DeviceError
 from imagemill.pipeline.backends.base import Found, Session
@@ -18,8 +19,7 @@ from imagemill.records import DeviceSpec, Precision, SessionSpec
 _FP32, _FP16, _BF16, _INT8 = Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8
 
 
-@dataclass(frozen=True, slots=True)
-class Backend:
+class Backend(Struct, frozen=True):
     """One row of the registry."""
 
     session: str

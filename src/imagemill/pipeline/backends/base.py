@@ -8,10 +8,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
@@ -21,8 +21,7 @@ from imagemill.records import Batch, DeviceSpec, MemoryTraffic, Outputs, Saved, 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """The devices of one kind that a backend finds on this machine; returned by a session class's
     static method `found(kind)`.
     """

@@ -6,8 +6,9 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import ceil
+
+from msgspec import Struct
 
 from imagemill.errors import DeviceError, UsageError
 from imagemill.pipeline.backends import (
@@ -54,8 +55,7 @@ def cores_here(chosen: Iterable[DeviceSpec]) -> tuple[int, ...]:
     ) or tuple(usable)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """One item of a `--devices` argument."""
 
     kind: str

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 from uuid import UUID
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.pipeline.backends.base import Found
 from imagemill.records import DeviceSpec
@@ -53,8 +55,7 @@ def find_gpus() -> Found:
     return Found(tuple(names))
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
+class Traits(Struct, frozen=True):
     """What decides whether `auto` uses a GPU."""
 
     capability: tuple[int, int]
@@ -109,8 +110,7 @@ def free_memory(number: int) -> int | None:
     return int(sizes[1])  # total, free, used
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """Which GPU it is, whatever this process sees of the others."""
 
     uuid: str
@@ -152,8 +152,7 @@ def pinned(device: DeviceSpec) -> tuple[DeviceSpec, Mapping[str, str]]:
     return replace(device, id=0), variables
 
 
-@dataclass(frozen=True, slots=True)
-class _InNvml:
+class _InNvml(Struct, frozen=True):
     driver: ctypes.CDLL
     library: ctypes.CDLL
     handle: ctypes.c_void_p

@@ -10,12 +10,12 @@ import io
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, DeviceMemoryError, ModelError
@@ -48,8 +48,7 @@ come.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
+class Provider(Struct, frozen=True):
     """One execution provider: its name, the package that brings it, and its options."""
 
     name: str

@@ -20,8 +20,9 @@ import contextlib
 import resource
 import signal
 import threading
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from imagemill.errors import WorkerError
 from imagemill.pipeline.decoding.decode import decode

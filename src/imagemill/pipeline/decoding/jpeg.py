@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 import struct
 
+from msgspec import Struct
 from PIL import Image
 
 from imagemill.pipeline.decoding import preprocess
-from imagemill.records import record_of_image
 
 _MAX_SEGMENTS = 10_000
 ORIENTATION = 0x0112
 
 
-@record_of_image
-class Header:
+class Header(Struct, frozen=True):
     """What the header of a JPEG says."""
 
     width: int

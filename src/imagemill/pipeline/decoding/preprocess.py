@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec import Struct
 from PIL import Image
 
 from imagemill.records import Centre, Interpolation
@@ -62,8 +62,7 @@ nothing.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(Struct, frozen=True):
     """One axis of the crop."""
 
     length: int
@@ -88,16 +87,14 @@ class Span:
         return (self.skipped + self.count) * self.length / self.resized
 
 
-@dataclass(frozen=True, slots=True)
-class Crop:
+class Crop(Struct, frozen=True):
     """Which part of a displayed image becomes the model's input, and where in it."""
 
     x: Span
     y: Span
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """Which pixels of a stored image are needed for its crop."""
 
     crop: Crop

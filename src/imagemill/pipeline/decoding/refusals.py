@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
 
+from msgspec import Struct
 from PIL import Image
 
 from imagemill.records import Limits, Status
@@ -36,8 +36,7 @@ _UNSUPPORTED = (
 )
 
 
-@dataclass(slots=True)
-class Seen:
+class Seen(Struct):
     """What was learnt of an image before it failed."""
 
     width: int | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imagemill.pipeline.decoding.refusals import Refusal
 from imagemill.records import Status
@@ -37,8 +38,7 @@ def broken(why: str) -> Refusal:
     return Refusal(Status.CORRUPT, f"broken TIFF header: {why}")
 
 
-@dataclass(frozen=True, slots=True)
-class Tags:
+class Tags(Struct, frozen=True):
     """The integer tags of one directory."""
 
     data: bytes
@@ -104,8 +104,7 @@ class Tags:
         return default
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """How the samples of a TIFF are stored."""
 
     order: str

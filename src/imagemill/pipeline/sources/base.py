@@ -7,9 +7,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
+
+from msgspec import Struct, field
 
 from imagemill.errors import counted
 from imagemill.records import BadImage, Entry, Filters, Status
@@ -26,14 +27,13 @@ becomes its row.
 _FOLDERS_REMEMBERED = 1_000
 
 
-@dataclass(slots=True)
-class Skipped:
+class Skipped(Struct):
     """What a listing left out: counts that the summary reports."""
 
     by_suffix: Counter[str] = field(default_factory=Counter)
     hidden: int = 0
     by_filter: int = 0
-    archive_notes: list[str] = field(default_factory=list)
+    archive_notes: list[str] = []
     """What users should know of archives, a line each."""
     broken_links: int = 0
     """Links that lead nowhere and may have led to a folder of images, such as one on a disk that is

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import codecs
 import re
-from dataclasses import dataclass
 from pathlib import PurePosixPath
+
+from msgspec import Struct
 
 from imagemill.errors import UsageError
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES
@@ -33,8 +34,7 @@ _IMAGE = re.compile(
 _TEXT_CONTROLS = frozenset(b"\t\n\r\f\x1b")
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
+class _Kind(Struct, frozen=True):
     """A kind of file that is not an image."""
 
     what: str

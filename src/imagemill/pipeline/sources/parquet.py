@@ -37,6 +37,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from msgspec import Struct
 
 from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources import locations
@@ -143,8 +144,7 @@ class ParquetSource:
 # ── which column ──────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, slots=True)
-class ImageColumn:
+class ImageColumn(Struct, frozen=True):
     """Where in a table the images are."""
 
     data: str

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import groupby
 from typing import Any, Final, NamedTuple
+
+from msgspec.structs import replace
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources.base import shown

@@ -18,9 +18,10 @@ import struct
 import unicodedata
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
+
+from msgspec import Struct
 
 from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
@@ -75,8 +76,7 @@ default.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class _Directory:
+class _Directory(Struct, frozen=True):
     """Where the central directory lies."""
 
     start: int
@@ -90,8 +90,7 @@ class _Directory:
     """
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
+class _Member(Struct, frozen=True):
     """One line of the central directory."""
 
     name: bytes

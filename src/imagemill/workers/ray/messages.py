@@ -14,7 +14,8 @@ end() ───────────────────────►
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from imagemill.records import DeviceSpec, Job
 from imagemill.system.processes import Failed
@@ -23,8 +24,7 @@ from imagemill.workers.protocol import Done, Idle, Ready, Want
 from imagemill.workers.ray.nodes import Place
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """What decides the last bits of a machine's answers."""
 
     versions: Mapping[str, str]
@@ -33,16 +33,14 @@ class Identity:
     """Of the processor."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFile:
+class ModelFile(Struct, frozen=True):
     """One file of the model."""
 
     name: str
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Struct, frozen=True):
     """A planned image as the launcher's machine reads it."""
 
     source: int
@@ -53,8 +51,7 @@ class Sample:
     """Of its encoded bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(Struct, frozen=True):
     """What a node agent needs to know to begin."""
 
     job: Job
@@ -72,21 +69,18 @@ class Assignment:
     samples: tuple[Sample, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """The node passed its checks."""
 
     lacks_model: bool
     """Whether the model must be sent before the worker can start."""
 
 
-@dataclass(frozen=True, slots=True)
-class Restart:
+class Restart(Struct, frozen=True):
     """Tells a node agent to start its worker again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(Struct, frozen=True):
     """The result of one turn."""
 
     messages: tuple[Ready | Want | Idle | Done | Failed | Died, ...]

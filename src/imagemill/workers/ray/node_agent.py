@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from imagemill.errors import ModelError, OutputError, SourceError, WorkerError
 from imagemill.job.paths import JobPaths

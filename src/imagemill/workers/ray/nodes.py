@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec
@@ -17,8 +18,7 @@ of that name.
 _ON_CORES = ("cpu", "null")
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """A live node of the cluster."""
 
     id: str
@@ -27,8 +27,7 @@ class Node:
     resources: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Room for one worker on a node."""
 
     node: Node

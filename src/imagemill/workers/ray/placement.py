@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from imagemill.errors import WorkerError
 from imagemill.pipeline.backends import devices
@@ -24,8 +25,7 @@ without it.
 """
 
 
-@dataclass(slots=True)
-class Slot:
+class Slot(Struct):
     """One device, and its current actor."""
 
     device: DeviceSpec
@@ -36,7 +36,7 @@ class Slot:
     step: str = "hello"
     """Method of the latest call: `hello`, `prepare`, `turn`."""
     called_at: float = 0.0
-    outbox: list[Lease | Pause | Restart] = field(default_factory=list)
+    outbox: list[Lease | Pause | Restart] = []
     status: WorkerStatus = field(default_factory=WorkerStatus)
     late: bool = False
     """Whether it joined a running job. If its node is not fit, the job goes on without it."""

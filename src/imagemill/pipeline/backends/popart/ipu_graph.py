@@ -12,11 +12,11 @@ graph: the same numbers as everywhere else, bit for bit, before they are rounded
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import ModelError
@@ -31,8 +31,7 @@ IR_VERSION: Final = 6
 """The newest that it reads."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """The graph behind the cut, and what stands in for the graph before it."""
 
     model: bytes

@@ -26,11 +26,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
 import numpy as np
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, ImagemillError, ModelError, UsageError
@@ -65,14 +65,13 @@ _REMEDY: Final = (
 )
 
 
-@dataclass(slots=True)
-class _Step:
+class _Step(Struct):
     """The batches of one run of the IPU. Every batch has its place, whether an image of it is
     filled or not.
     """
 
     slot: int
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[Batch] = []
 
     @property
     def is_run(self) -> bool:

@@ -12,11 +12,11 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
+from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceLostError
@@ -54,8 +54,7 @@ def open_card(number: int) -> tuple[Any, str]:
     return torch.cuda, f"cuda:{number}"
 
 
-@dataclass(slots=True)
-class _Slot:
+class _Slot(Struct):
     """Memory of one batch in flight, and the events that mark its way."""
 
     pinned: Tensor

@@ -9,12 +9,13 @@ PyTorch's own calls.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own abbreviation
+from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.pipeline.backends.torch.operators import Tensor
 from imagemill.pipeline.backends.torch.operators.elementwise import Power
@@ -34,8 +35,7 @@ def fuse(program: Program) -> None:
         program.refresh()
 
 
-@dataclass(slots=True)
-class Affine:
+class Affine(Struct):
     """x · factor + summand, with float64 (C,) per channel on axis 1, or (1,) for all."""
 
     factor: Tensor
@@ -323,8 +323,7 @@ _IN_PLACE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@dataclass(slots=True)
-class FusedConv:
+class FusedConv(Struct):
     """A convolution, then optionally a sum with another value, then optionally an activation."""
 
     settings: ConvSettings

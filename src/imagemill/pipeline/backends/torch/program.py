@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from msgspec import Struct, field
 
 from imagemill.pipeline.backends.torch import fusions
 from imagemill.pipeline.backends.torch.operators import Call, Node, Tensor, Unsupported, bind
@@ -32,8 +32,7 @@ PRODUCTS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Linear"
 _CONVOLUTIONS: Final = ("Conv", "ConvTranspose")
 
 
-@dataclass(slots=True)
-class Step:
+class Step(Struct):
     """One PyTorch call."""
 
     kind: str
@@ -46,8 +45,7 @@ class Step:
     """Whether it computes in the session's precision, not in fp32."""
 
 
-@dataclass(slots=True)
-class Program:
+class Program(Struct):
     """Steps, and the constants that they use. Made by `read`."""
 
     input: str
@@ -238,8 +236,7 @@ def _choose_precisions(program: Program) -> None:
             lower.update(step.outputs)
 
 
-@dataclass(slots=True)
-class _Bound:
+class _Bound(Struct):
     """A step whose values have places in a list."""
 
     call: Call
@@ -247,7 +244,7 @@ class _Bound:
     outputs: list[int]
     casts: list[tuple[int, Any]]
     """Positions of inputs that are converted, and to which type."""
-    ends: list[int] = field(default_factory=list)
+    ends: list[int] = []
     """Places whose value nobody needs afterwards."""
 
 

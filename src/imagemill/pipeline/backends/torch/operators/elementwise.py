@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own abbreviation
+from msgspec import Struct
 
 from imagemill.pipeline.backends.torch.operators.node import (
     DTYPES,
@@ -72,8 +72,7 @@ def _plain(node: Node) -> Call:
     return (_UNARY | _BINARY)[node.kind]
 
 
-@dataclass(slots=True)
-class Power:
+class Power(Struct):
     """A power with a constant exponent: PyTorch squares instead of computing logarithms."""
 
     exponent: float
