@@ -286,3 +286,10 @@ def test_exclusive_probabilities_are_checked_by_the_most_probable_class() -> Non
     assert (comparison.agreement, comparison.compared) == (1, "top-1 class")
     two = accuracy.compare(np.float32([[0.4, 0.6]]), np.float32([[0.6, 0.4]]), Scores.SOFTMAX)
     assert (two.agreement, two.compared) == (0, "top-1 class")
+
+
+def test_a_single_score_is_compared_with_the_bound_however_sure_fp32_is() -> None:
+    """A file that ends in a sigmoid says `softmax`, and fp32 may be near 1 for every image."""
+    before = np.full((1_000, 1), 0.97, np.float32)
+    found = accuracy.compare(before, np.full_like(before, 0.1), Scores.SOFTMAX, min_agreement=0.97)
+    assert (found.agreement, found.accepted) == (0, False)

@@ -60,6 +60,44 @@ def with_weights(
     return home
 
 
+def test_another_config_is_another_model(tmp_path: Path) -> None:
+    """Weights alone do not say which activation is between the layers, for example."""
+    folder = with_weights(tmp_path / "net", "transformers/resnet18")
+    first, _ = build(folder, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    other, _ = build(folder, tmp_path)
+    assert other.dir != first.dir
+    (folder / "config.json").write_text(json.dumps(config))
+    again, lines = build(folder, tmp_path)
+    assert (again.dir, lines) == (first.dir, [])
+
+
+def test_shards_decide_a_model_whatever_they_are_called(tmp_path: Path) -> None:
+    folder = with_weights(tmp_path / "net", "transformers/resnet18", hidden_act="gelu")
+    arrays = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(arrays, "part1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    keys = set()
+    for change in (0, 1):
+        arrays["classifier.1.bias"] = arrays["classifier.1.bias"] + np.float32(change)
+        save_file(arrays, folder / "part1.safetensors")
+        keys.add(folders._key(folders.look_into(folder, {}, {})))
+    assert len(keys) == 2
+
+
+def test_a_quantised_graph_is_not_taken_for_the_network(tmp_path: Path) -> None:
+    """Of graphs that are not called model.onnx, only one without weights beside it is used."""
+    folder = with_weights(tmp_path / "net", "transformers/resnet18")
+    (folder / "onnx").mkdir()
+    for name in ("model_quantized.onnx", "model_fp16.onnx"):
+        (folder / "onnx" / name).write_bytes(b"not read")
+    found = folders.look_into(folder, {}, {})
+    assert found.source.name == "model.safetensors"
+    assert found.unused == ("onnx/model_fp16.onnx", "onnx/model_quantized.onnx")
+
+
 @pytest.mark.process
 @pytest.mark.parametrize(
     ("case", "options"),

@@ -272,12 +272,23 @@ def test_each_setting_that_decides_something_is_compared_on_resume(
 
 
 @pytest.mark.parametrize(
-    ("origin", "remedy"),
+    ("folder", "origin", "remedy"),
     [
-        ({"source": "url"}, "`imagemill get-model tiny`"),
+        ("tiny", {"source": "url"}, "`imagemill get-model tiny`"),
         (
+            "net-0123456789ab",
+            {"source": "onnx", "file": "/nets/my net.onnx"},
+            "run the command again with --model '/nets/my net.onnx'",
+        ),
+        (
+            "net",
             {"source": "onnx", "file": "/nets/net.onnx"},
-            "run the command again with --model /nets/net.onnx",
+            "`imagemill wrap /nets/net.onnx --output FOLDER`, with the same values",
+        ),
+        (
+            "vit",
+            {"source": "hub", "repository": "owner/vit", "commit": "0f0f"},
+            "`imagemill get-model tiny --from hf:owner/vit@0f0f`",
         ),
     ],
 )
@@ -285,6 +296,7 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
     job: Callable[..., Settings],
     jpegs: Callable[..., Path],
     tmp_path: Path,
+    folder: str,
     origin: dict[str, str],
     remedy: str,
 ) -> None:
@@ -296,15 +308,16 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
         frozen.job,
         session=replace(
             frozen.job.session,
-            model_file=str(tmp_path / "gone.onnx"),
-            card=replace(frozen.job.session.card, origin=origin),
+            model_file=str(tmp_path / folder / "model.onnx"),
+            card=replace(frozen.job.session.card, origin=origin | {"wrapped": "0123456789abcdef"}),
         ),
     )
-    with pytest.raises(
-        OutputError,
-        match=rf"the job's model {tmp_path}/gone\.onnx is missing\. Bring it back: {remedy}\.",
-    ):
+    with pytest.raises(OutputError) as caught:
         model.verify_model(replace(frozen, job=gone))
+    assert str(caught.value) == (
+        f"the job's model {tmp_path}/{folder}/model.onnx is missing. Bring it back:"
+        f" {remedy.replace('FOLDER', f'{tmp_path}/{folder}')}."
+    )
 
 
 def test_a_job_that_depends_on_its_batches_is_continued_with_the_same_ones(

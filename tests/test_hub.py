@@ -505,6 +505,10 @@ def test_a_revision_may_be_a_branch_tag_pull_request_or_commit() -> None:
         ("config.json model.onnx model.safetensors", "config.json model.safetensors"),
         ("onnx/model.onnx onnx/vision_model.onnx onnx/text_model.onnx", "onnx/vision_model.onnx"),
         ("onnx/model_quantized.onnx model.safetensors", "model.safetensors"),
+        (
+            "processor_config.json model.safetensors onnx/model.onnx",
+            "processor_config.json onnx/model.onnx",
+        ),
         ("resnet18.onnx resnet18.onnx.data", "resnet18.onnx.data resnet18.onnx"),
         ("pytorch_model.bin tf_model.h5 flax_model.msgpack", "pytorch_model.bin"),
         (

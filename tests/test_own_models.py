@@ -267,6 +267,23 @@ def test_without_labels_a_thousand_classes_are_imagenets(
     assert any(text.startswith(f"mine: {line}") for text in messages)
 
 
+def test_two_saved_names_are_those_of_a_single_score(models: Path, tmp_path: Path) -> None:
+    """As two labels given by `--labels` are."""
+    file = checkpoint_file(tmp_path / "w.pth", 1, class_to_idx={"no": 0, "yes": 1})
+    assert get.get("sure", models, from_file=file).card.labels == ("no", "yes")
+
+
+def test_values_assumed_for_own_weights_are_printed_under_a_published_name_too(
+    models: Path, tmp_path: Path
+) -> None:
+    """The file may be anybody's, and its preparation another one."""
+    messages: list[str] = []
+    file = checkpoint_file(tmp_path / "w.pth", 1_000)
+    get.get("efficientnet_lite0", models, from_file=file, notify=messages.append)
+    assert any("weights do not say how images are prepared" in line for line in messages)
+    assert any(line.startswith("efficientnet_lite0: resize: ") for line in messages)
+
+
 def test_labels_that_do_not_fit_are_refused_or_left_out(models: Path, tmp_path: Path) -> None:
     """A wrong number in the flag's file is an error; in the checkpoint it is a note. Control
     characters are an error.

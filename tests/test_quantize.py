@@ -453,14 +453,17 @@ def test_another_image_set_has_another_identity(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     entries = [Entry(0, b"a", 1), Entry(0, b"b", 2)]
     other = replace(bundle, card=replace(bundle.card, recipe=Recipe(64, 64)))
+    row = replace(entries[1], locator=b"row 1")  # as in two tables whose rows have no names
     ids = {
-        images.identity(entries, 2, bundle),
-        images.identity(entries[:1], 2, bundle),
-        images.identity(entries, 1, bundle),
-        images.identity([entries[0], replace(entries[1], size=3)], 2, bundle),
-        images.identity(entries, 2, other),
+        images.identity(entries, 2, bundle, ["photos"]),
+        images.identity(entries, 2, bundle, ["other photos"]),
+        images.identity(entries[:1], 2, bundle, ["photos"]),
+        images.identity(entries, 1, bundle, ["photos"]),
+        images.identity([entries[0], replace(entries[1], size=3)], 2, bundle, ["photos"]),
+        images.identity([entries[0], row], 2, bundle, ["photos"]),
+        images.identity(entries, 2, other, ["photos"]),
     }
-    assert len(ids) == 5
+    assert len(ids) == 7
 
 
 # imagemill quantize.
@@ -1119,7 +1122,8 @@ def test_explicit_fp32_and_small_bf16_measure_nothing(tmp_path: Path) -> None:
     bf16 = precisions.prepare("bf16", bundle, [], lambda: pytest.fail("listed"), 99, chosen=CPU)
     assert bf16.precision is Precision.BF16
     assert bf16.lines == (
-        "bf16: not compared with fp32 yet; `imagemill quantize colours --images SOURCE` does that",
+        f"bf16: not compared with fp32 yet; `imagemill quantize {tmp_path} --images SOURCE` does"
+        " that",
     )
 
 
@@ -1320,6 +1324,18 @@ def test_the_accuracy_of_both_precisions_is_shown_if_true_labels_are_given(
         assert f"right answers 1.0000 in fp32 and {found.agreement:.4f} here" in str(
             command.report_lines(report)
         )
+    before = sorted(path.name for path in bundle.dir.iterdir())
+    (tmp_path / "truth.csv").write_text("path,label\nno.ppm,0\n")
+    with pytest.raises(UsageError, match="no image"):
+        command.quantize_bundle(
+            bundle,
+            [str(colours)],
+            chosen=CPU,
+            calibration=61,
+            held_out=99,
+            truth=f"@{tmp_path / 'truth.csv'}",
+        )
+    assert sorted(path.name for path in bundle.dir.iterdir()) == before, "nothing was quantised"
     with pytest.raises(UsageError, match="`quantize` reads folders"):
         command.quantize_bundle(bundle, [str(colours)], chosen=CPU, truth="cls")
 

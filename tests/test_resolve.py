@@ -12,9 +12,11 @@ import pytest
 from msgspec.structs import replace
 
 from imagemill.errors import UsageError
+from imagemill.models import bundle as bundles
 from imagemill.models import get, mistaken, resolve
 from imagemill.models.custom import wrap
-from onnx_files import saved, small
+from imagemill.system import serialization
+from onnx_files import complete, saved, small
 from tiny import TINY_CARD
 
 
@@ -249,21 +251,38 @@ def test_another_config_beside_an_onnx_file_is_nothing(
         resolve.resolve(str(file), models_dir)
 
 
-@pytest.mark.parametrize(
-    ("origin", "typed"),
-    [
-        ({"source": "onnx", "file": "/nets/net.onnx"}, "/nets/net.onnx"),
-        ({"source": "folder", "folder": "/nets/vit"}, "/nets/vit"),
-        (
-            {"source": "hub", "repository": "owner/vit", "commit": "0f" * 20},
-            f"hf:owner/vit@{'0f' * 20}",
-        ),
-        ({"source": "file", "file": "best.pth"}, None),
-    ],
-)
-def test_a_model_can_be_asked_for_again(origin: dict[str, str], typed: str | None) -> None:
-    """What to type for a job whose model was deleted; the Hub's commit included."""
-    assert resolve.typed(replace(TINY_CARD, origin=origin)) == typed
+def test_what_to_type_for_a_bundle_finds_it(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name, a file, or a folder, as a shell takes it."""
+    (tmp_path / "my nets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMAGEMILL_MODELS", str(tmp_path / "models"))
+    shutil.copytree(models_dir / "tiny", tmp_path / "models" / "tiny")
+    shutil.copytree(models_dir / "tiny", tmp_path / "my nets" / "tiny")
+    file = saved(small(), tmp_path / "my nets")
+    given = complete(file)
+    wrap.wrap(file, given)
+    wrap.wrap(file, given, tmp_path / "wrapped")
+    typed = {
+        "tiny": "tiny",
+        "my nets/tiny": f"'{tmp_path}/my nets/tiny'",
+        str(file): "'my nets/small.onnx'",
+        "wrapped": str(tmp_path / "wrapped"),
+    }
+    for model, expected in typed.items():
+        found = resolve.resolve(model, tmp_path / "models")
+        assert bundles.typed(found) == expected
+        (again,) = shlex.split(expected)
+        assert resolve.resolve(again, tmp_path / "models").dir.samefile(found.dir)
+    unnamed = resolve.resolve(str(file), tmp_path / "models")
+    file.unlink()
+    assert bundles.typed(unnamed) == unnamed.dir.name, "the file is gone, the bundle is not"
+    card = replace(
+        unnamed.card,
+        origin=unnamed.card.origin | {"source": "hub", "repository": "a/b", "commit": "0f"},
+    )
+    assert bundles.typed(replace(unnamed, card=card)) == "hf:a/b@0f"
 
 
 def test_a_name_means_the_models_folder_first(
@@ -289,3 +308,8 @@ def test_only_published_models_that_are_not_here_are_downloads(
         assert resolve.is_local(model, models_dir), model
     for model in ("resnext101_32x4d", "no_such_name"):
         assert not resolve.is_local(model, models_dir), model
+    shutil.copytree(models_dir / "tiny", tmp_path / "resnet18.tv_in1k")
+    card = replace(TINY_CARD, origin={"source": "package", "published": "resnet18.tv_in1k"})
+    (tmp_path / "resnet18.tv_in1k" / bundles.CARD).write_bytes(serialization.encode(card))
+    for model in ("resnet18.tv_in1k", "resnet18"):
+        assert resolve.is_local(model, tmp_path), model

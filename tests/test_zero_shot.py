@@ -141,7 +141,7 @@ def test_other_labels_or_templates_are_another_model(
 ) -> None:
     other = write_lines(tmp_path / "other.txt", [*LABELS[:3], "bus"])
     turned = write_lines(tmp_path / "turned.txt", LABELS[::-1])
-    made = {}
+    made: dict[str, Any] = {}
     for name, file, options in (
         ("first", labels, ()),
         ("again", labels, ()),
@@ -164,6 +164,10 @@ def test_other_labels_or_templates_are_another_model(
     assert classes(FIXTURES / "clip", other, tmp_path / "first") == 2
     assert "holds another model (first, 4 classes)" in capsys.readouterr().err
     assert bundle.load(tmp_path / "first").card == made["first"]
+    shorter = shutil.copytree(FIXTURES / "clip", tmp_path / "clip")
+    tokenizer = json.loads((shorter / "tokenizer_config.json").read_text())
+    (shorter / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"model_max_length": 4}))
+    assert classes(shorter, labels, tmp_path / "first") == 2, "texts are cut elsewhere"
     imagemill.run(images, tmp_path / "out", model=tmp_path / "first", report=False)
     with pytest.raises(JobMismatchError):
         imagemill.run(images, tmp_path / "out", model=tmp_path / "template", report=False)
@@ -650,7 +654,7 @@ def test_an_output_that_is_something_else_is_left_alone(
     labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert classes(FIXTURES / "clip", labels, tmp_path) == 2
-    assert_one_line(capsys, "exists and is not empty")
+    assert_one_line(capsys, "is there already")
     assert sorted(tmp_path.iterdir()) == [labels]
 
 

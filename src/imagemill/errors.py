@@ -4,6 +4,8 @@ the exit code is 1 unless a class says otherwise.
 
 from __future__ import annotations
 
+import shlex
+
 
 def printable(value: object, limit: int = 200) -> str:
     """Return a value from outside as a message shows it: on one line, control characters escaped,
@@ -18,6 +20,11 @@ def printable(value: object, limit: int = 200) -> str:
     return "".join(
         item if item.isprintable() else item.encode("unicode_escape").decode() for item in cut
     )
+
+
+def quoted(path: object) -> str:
+    """Return a path as a shell takes it, on one line."""
+    return printable(shlex.quote(str(path)))
 
 
 def counted(number: int, noun: str) -> str:

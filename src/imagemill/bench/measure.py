@@ -202,10 +202,9 @@ def _precision(
     precisions.refuse_int8(model.card)
     file = variants.int8_file(model.dir, variants.read(model.dir).int8)
     if file is None:
-        name = model.card.name
         raise UsageError(
-            f"--precision int8: {name} has no int8 variant yet. Make one: imagemill quantize {name}"
-            " --images SOURCE."
+            f"--precision int8: {model.card.name} has no int8 variant yet. Make one: imagemill"
+            f" quantize {bundle.typed(model)} --images SOURCE."
         )
     return precision, file
 

@@ -96,10 +96,10 @@ def _add_get_model(command: Command) -> None:
 
 
 def _get_model(parsed: argparse.Namespace) -> int:
-    from pathlib import Path
 
     from imagemill.display.terminal import DownloadDisplay
     from imagemill.models import bundle, get, resolve
+    from imagemill.system import userdirs
 
     folder, source = _models_dir(parsed), parsed.from_file
     if source and resolve.is_folder(source):
@@ -119,7 +119,7 @@ def _get_model(parsed: argparse.Namespace) -> int:
         made = get.get(
             parsed.name,
             folder,
-            from_file=Path(source) if source else None,
+            from_file=userdirs.expand(source) if source else None,
             url=parsed.url,
             random_seed=parsed.random_weights,
             given=given_preprocessing(parsed),

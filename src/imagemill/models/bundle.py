@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from imagemill.errors import ModelError, OutputError, counted
+from imagemill.errors import ModelError, OutputError, counted, quoted
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system import files, serialization, userdirs
 
@@ -93,6 +93,60 @@ def another_name(folder: Path) -> str:
     while folder.with_name(f"{folder.name}.{number}").exists():
         number += 1
     return f"{folder.name}.{number}"
+
+
+def is_free(folder: Path) -> bool:
+    """Return whether a bundle can be made here: there is nothing, or an empty folder. The current
+    folder would be replaced by another one of its name, so it is never free.
+    """
+    if not folder.exists():
+        return True
+    return folder.is_dir() and not any(folder.iterdir()) and not folder.samefile(os.curdir)
+
+
+def made_from(card: Card) -> str | None:
+    """Return the ONNX file, the folder or the repository that a bundle was made from; None if it is
+    a published model, or weights of the user's own.
+    """
+    origin = card.origin
+    match origin.get("source"):
+        case "onnx":
+            return str(origin.get("file"))
+        case "folder":
+            return str(origin.get("folder"))
+        case "hub":
+            return f"hf:{origin.get('repository')}@{origin.get('commit')}"
+    return None
+
+
+def is_unnamed(found: Bundle) -> bool:
+    """Return whether `run --model` made a bundle, and the user gave it no name."""
+    key = found.card.origin.get("wrapped")
+    return key is not None and found.dir.name.endswith(f"-{str(key)[:12]}")
+
+
+def typed_source(found: Bundle) -> str | None:
+    """Return what to type as `--model` for a bundle without a name: the ONNX file, folder or
+    repository that it was made from. None if it has a name, or these are not there any more.
+    """
+    source = made_from(found.card)
+    if source is None or not is_unnamed(found):
+        return None
+    if source.startswith("hf:"):
+        return source
+    if not Path(source).exists():
+        return None
+    below = os.path.relpath(source)
+    return source if below.startswith("..") else below
+
+
+def typed(found: Bundle) -> str:
+    """Return what to type as `--model` for a bundle, as a shell takes it: what it was made from,
+    else its name in the models folder, else its folder.
+    """
+    folder = found.dir.absolute()
+    is_here = folder.parent == default_models_dir().absolute()
+    return quoted(typed_source(found) or (folder.name if is_here else folder))
 
 
 def describe_origin(card: Card) -> str:

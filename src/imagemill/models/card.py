@@ -232,7 +232,7 @@ def read_card(path: Path) -> ReadCard:
     except ValueError as error:
         raise ModelError(f"{path}: {error}. {remedy}") from error
     if isinstance(read.card.labels, str):
-        labels = read_labels(path.parent / read.card.labels)
+        labels = read_labels(path.parent / read.card.labels, f"{path}: labels:")
         read = replace(read, card=replace(read.card, labels=labels))
     return read
 

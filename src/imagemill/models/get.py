@@ -23,6 +23,7 @@ from imagemill.errors import (
     UsageError,
     counted,
     printable,
+    quoted,
 )
 from imagemill.models import architectures, build, hub, mistaken, published
 from imagemill.models import bundle as bundles
@@ -188,7 +189,7 @@ def _check_known(asked: _Asked) -> None:
             raise UsageError(
                 f"{name} is a file or folder, not the name of a published model. Choose a name for"
                 f" the model: imagemill get-model {mistaken.name_for(Path(name).name)} --from"
-                f" {mistaken.quoted(name)}."
+                f" {quoted(name)}."
             )
         raise UsageError(
             f"No model is called {name}. imagemill models lists the published ones. For weights of"
@@ -371,7 +372,7 @@ def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, notify: Notify) 
         origin["published"] = entry.name if entry else None
     if asked.given:
         origin["given"], top1 = asked.given_hash, None
-    is_told = asked.given or (entry is None and not is_random)
+    is_told = asked.given or not (is_random or asked.is_published or known)
     if is_told:
         notify(f"{name}: weights do not say how images are prepared. What differs, flags change:")
     try:
@@ -452,7 +453,7 @@ def _with_labels(read: ReadCard, weights: _Weights, notify: Notify) -> ReadCard:
             name = printable(weights.place)
             raise ClassCountError(mistaken.label_count("--labels", given, name, classes, own))
         return read
-    if len(saved.names) != classes:
+    if len(saved.names) != classes and (len(saved.names), classes) != (2, 1):
         names = counted(len(saved.names), "name")
         notify(f"{key} has {names} for {counted(classes, 'class')}, so it is not used")
         return read

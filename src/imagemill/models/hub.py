@@ -148,7 +148,7 @@ def classifier_files(repo: str, names: Mapping[str, HubFile]) -> list[str]:
         ModelError: the repository has no such weights.
     """
     texts = [name for name in _TEXTS if name in names]
-    is_timm = PREPROCESSOR not in names and WEIGHTS in names
+    is_timm = PREPROCESSOR not in names and PROCESSOR not in names and WEIGHTS in names
     for name in () if is_timm else GRAPHS:
         if name in names:
             return [*texts, *_onnx_data(name, names), name]

@@ -32,9 +32,9 @@ def imagenet_labels() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def read_labels(file: Path) -> tuple[str, ...]:
+def read_labels(file: Path, named_by: str = "--labels") -> tuple[str, ...]:
     """Read a list of labels, one a line, in the order of the model's scores; blank lines at the end
-    are ignored.
+    are ignored. Messages begin with what names the file.
 
     The text is UTF-8, or UTF-16 with a byte order mark, as PowerShell writes it.
 
@@ -50,10 +50,10 @@ def read_labels(file: Path) -> tuple[str, ...]:
         )
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(f"--labels {file} cannot be read: {reason}. {remedy}") from error
+        raise UsageError(f"{named_by} {file} cannot be read: {reason}. {remedy}") from error
     if "\0" in text:
         raise UsageError(
-            f"--labels {file} is not a text file: it contains null characters. {remedy}"
+            f"{named_by} {file} is not a text file: it contains null characters. {remedy}"
         )
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while lines and not lines[-1].strip():
@@ -61,7 +61,7 @@ def read_labels(file: Path) -> tuple[str, ...]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise UsageError(
-                f"--labels {file}: line {number} of {len(lines)} is blank, so the labels after it"
+                f"{named_by} {file}: line {number} of {len(lines)} is blank, so the labels after it"
                 " may be those of other classes. Write the missing label there, or delete the line"
                 " if no label is missing."
             )

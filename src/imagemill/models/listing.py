@@ -5,7 +5,6 @@ run on this machine.
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +16,7 @@ from imagemill.errors import ModelError
 from imagemill.models import bundle as bundles
 from imagemill.models import published
 from imagemill.models.published import Published
-from imagemill.records import Bundle, Card
+from imagemill.records import Bundle
 
 OWN: Final = "own"
 """Family of everything that is not published here."""
@@ -167,22 +166,9 @@ def _row(name: str, entry: Published | None, found: Bundle | None, models_dir: P
         needs=needs,
         bytes_on_disk=_bytes(folder) if is_here else None,
         origin=origin,
-        typed=_typed(name, card) if card else None,
+        typed=bundles.typed_source(found) if found else None,
         verified=card.origin.get("verified") is True if card else False if is_here else None,
     )
-
-
-def _typed(name: str, card: Card) -> str | None:
-    """Return the path of the ONNX file or folder that `run --model` made a bundle of. A bundle that
-    somebody gave a name is called by that.
-    """
-    wrapped = str(card.origin.get("wrapped"))
-    key = {"onnx": "file", "folder": "folder"}.get(str(card.origin.get("source")), "")
-    path = Path(str(card.origin.get(key)))
-    if not key or not name.endswith(f"-{wrapped[:12]}") or not path.exists():
-        return None
-    below = os.path.relpath(path)
-    return str(path) if below.startswith("..") else below
 
 
 def _how(entry: Published | None, *, is_here: bool, is_sound: bool) -> tuple[How, str | None]:

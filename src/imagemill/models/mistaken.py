@@ -6,12 +6,11 @@ import difflib
 import itertools
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from imagemill.errors import ModelError, counted, printable
+from imagemill.errors import ModelError, counted, printable, quoted
 from imagemill.models import published
 from imagemill.models.folders import json_file
 from imagemill.models.folders.json_file import CONFIG
@@ -27,11 +26,6 @@ _MAX_ENTRIES: Final = 10_000
 """Of a folder that is searched for names."""
 _MAX_NEAR: Final = 3
 _SHOWN_LABELS: Final = 5
-
-
-def quoted(path: object) -> str:
-    """Return a path as a shell takes it, on one line."""
-    return printable(shlex.quote(str(path)))
 
 
 def inside_model_folder(path: Path, flag: str = "--model ") -> str | None:

@@ -26,7 +26,7 @@ from imagemill.models.folders import folder
 from imagemill.models.folders.json_file import CONFIG
 from imagemill.models.get import NAME, get, on_disk
 from imagemill.models.listing import How, listing
-from imagemill.records import Bundle, Card
+from imagemill.records import Bundle
 from imagemill.system import files, serialization, userdirs
 from imagemill.system.messages import DownloadProgress, Notify
 
@@ -116,26 +116,12 @@ def is_folder(source: str) -> bool:
 
 def is_local(model: str, models_dir: Path) -> bool:
     """Return whether `resolve` needs no download of a published model."""
-    path = userdirs.expand(model)
     return (
         hub.is_hub_name(model)
         or model.endswith(".onnx")
-        or bundles.is_bundle(models_dir / model)
-        or (path.is_dir() and published.find(model) is None)
+        or on_disk(model, models_dir, explicit=False) is not None
+        or (userdirs.expand(model).is_dir() and published.find(model) is None)
     )
-
-
-def typed(card: Card) -> str | None:
-    """Return what `--model` was when a bundle was made; None if it was the name."""
-    origin = card.origin
-    match origin.get("source"):
-        case "onnx":
-            return str(origin.get("file"))
-        case "folder":
-            return str(origin.get("folder"))
-        case "hub":
-            return f"{hub.PREFIX}{origin.get('repository')}@{origin.get('commit')}"
-    return None
 
 
 def _from_folder(

@@ -50,9 +50,12 @@ def is_defined(card: Card) -> bool:
 
 
 def _is_multi_label(probabilities: NDArray[np.float32], scores: Scores) -> bool:
-    """Return whether each class has a probability of its own. A wrapped graph that ends in its own
-    sigmoid says `softmax`, since its scores are probabilities already, but they do not sum to 1.
+    """Return whether each class has a probability of its own, as a single one always has. A wrapped
+    graph that ends in its own sigmoid says `softmax`, since its scores are probabilities already,
+    but they do not sum to 1.
     """
+    if probabilities.shape[1] == 1:
+        return True
     if scores is Scores.SOFTMAX:
         sums = probabilities.sum(axis=1, dtype=np.float64)
         return bool((np.abs(sums - 1) > _NOT_EXCLUSIVE).any())

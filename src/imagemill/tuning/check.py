@@ -195,8 +195,9 @@ class Run:
         self._onnx = asked.bundle.dir / bundles.MODEL
         calibration = asked.calibration if Precision.INT8 in asked.precisions else 0
         self._first, self._rest = divide(asked.entries, calibration, asked.held_out)
-        self._held_out = identity(self._rest, asked.held_out, asked.bundle)
-        self._calibrated_on = identity(self._first, calibration, asked.bundle)
+        bundle, sources = asked.bundle, asked.sources
+        self._held_out = identity(self._rest, asked.held_out, bundle, sources)
+        self._calibrated_on = identity(self._first, calibration, bundle, sources)
         self._decoder = Decoder(
             asked.sources,
             asked.bundle.card.recipe,
@@ -227,6 +228,11 @@ class Run:
         held_out = list(self._decoder.decode(self._rest, asked.held_out))
         if self._decoder.duplicates:
             self._note(f"{self._decoder.duplicates:,} duplicate images were left out")
+        if asked.truth:
+            from imagemill.scoring.images import parse, true_classes  # imports PyArrow
+
+            places = [(image.source, image.name) for image in held_out]
+            self._true = true_classes(parse(asked.truth), places, asked.bundle.card.labels)
         reference, rate = self._answers(Precision.FP32, self._onnx, held_out)
         before = {file.name for file in asked.bundle.dir.glob("int8-*.xml")}
         for precision in wanted:
@@ -352,13 +358,8 @@ class Run:
             labels=asked.bundle.card.labels,
         )
         if asked.truth:
-            from imagemill.scoring.images import parse, true_classes  # imports PyArrow
-
-            places = [(image.source, image.name) for image in held_out]
-            true = true_classes(parse(asked.truth), places, asked.bundle.card.labels)
-            found = replace(
-                found, true=accuracy.true_accuracy(asked.truth, true, reference, answers)
-            )
+            measured = accuracy.true_accuracy(asked.truth, self._true, reference, answers)
+            found = replace(found, true=measured)
         card = asked.bundle.card
         versions, unit, group_channels = _circumstances(precision, *asked.gpus[:1])
         rates = (round(rate, 2), round(fp32_rate, 2))

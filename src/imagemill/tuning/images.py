@@ -78,15 +78,18 @@ def calibration_share(available: int, calibration: int, held_out: int) -> int:
     return min(calibration, max(min(available, 1), available * 4 // 5))
 
 
-def identity(entries: Iterable[Entry], count: int, bundle: Bundle) -> str:
-    """Return a hash of what decides a set of pixel arrays: paths, sizes, how many at most, recipe
-    and decoder.
+def identity(
+    entries: Iterable[Entry], count: int, bundle: Bundle, sources_of: Sequence[str]
+) -> str:
+    """Return a hash of what decides a set of pixel arrays: sources, paths, places in an archive or
+    table, sizes, how many at most, recipe and decoder.
     """
     state = hashlib.sha256(
         json.dumps([count, serialization.to_plain(bundle.card.recipe), DECODER]).encode()
     )
     for entry in entries:
-        state.update(b"%d\0%b\0%d\n" % (entry.source, entry.path, entry.size))
+        source = sources_of[entry.source]
+        state.update(repr((source, entry.path, entry.locator, entry.size)).encode())
     return state.hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError
 from imagemill.models import bundle as bundles
-from imagemill.models import resolve, variants
+from imagemill.models import variants
 from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
@@ -230,10 +230,10 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> ChosenPre
     if without_units:
         refused.append(f"This processor has no units that make {' or '.join(without_units)} faster")
     if unchecked and failure is None:
-        typed = resolve.typed(bundle.card) or bundle.card.name
         failure = (
             f"{' and '.join(unchecked)} not checked, because that would take longer than it saves"
-            f" here. `imagemill quantize {typed} --images SOURCE` does it once for all jobs"
+            f" here. `imagemill quantize {bundles.typed(bundle)} --images SOURCE` does it once for"
+            " all jobs"
         )
     line = ". ".join(["precision fp32" + (f": {failure}" if failure else ""), *refused])
     return replace(_chosen(bundle, Precision.FP32, None, line), candidates=tuple(candidates))
@@ -295,7 +295,7 @@ def _explicit(
             record = usable(bundle, precision)  # the one that the bundle keeps instead
     if record is None:
         line = (
-            f"{precision}: not compared with fp32 yet; `imagemill quantize {bundle.card.name}"
+            f"{precision}: not compared with fp32 yet; `imagemill quantize {bundles.typed(bundle)}"
             " --images SOURCE` does that"
         )
         return _chosen(bundle, precision, None, line)

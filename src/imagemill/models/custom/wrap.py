@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from imagemill.errors import ClassCountError, ModelError, UsageError, counted, printable
+from imagemill.errors import ClassCountError, ModelError, UsageError, counted, printable, quoted
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
 from imagemill.models.card import (
@@ -103,8 +103,8 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     missing = _missing(file, model, read)
     source = Source(file, model, read, _key(file, model, read.card))
     if output is not None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UsageError(f"--output {output} is there already. Give a new folder.")
+        if not bundles.is_free(output):
+            raise UsageError(f"--output {printable(output)} is there already. Give a new folder.")
         if missing:
             raise UsageError(
                 "--output makes a model that runs as it is, and"
@@ -121,7 +121,7 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
             f"note: {_not_given(missing)}, so `run` refuses the model. Most"
             " networks trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
             " --resize 256. Add the values that this one was trained with: imagemill wrap"
-            f" {mistaken.quoted(file)} {_flags(missing, read)}"
+            f" {quoted(file)} {_flags(missing, read)}"
         )
         checked = replace(checked, lines=(*checked.lines, note), is_complete=False)
     return beside, checked
@@ -151,7 +151,7 @@ def bundle_for(file: Path, models_dir: Path, notify: Notify) -> Bundle:
         found = "; ".join(read.lines()) or "nothing"
         raise UsageError(
             f"--model {shown}: {lack}. Known: {found}. Say it once, with the values that the model"
-            f" was trained with: imagemill wrap {mistaken.quoted(file)} {_flags(missing, read)}"
+            f" was trained with: imagemill wrap {quoted(file)} {_flags(missing, read)}"
         )
     key = _key(file, model, read.card)
     folder = models_dir / bundles.unnamed_folder(file.stem, key)

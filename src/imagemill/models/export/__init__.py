@@ -1,5 +1,5 @@
 """Export the network of a model folder that has no ONNX file, with PyTorch, in a child process."""
 
-from imagemill.models.export.cached import onnx_for
+from imagemill.models.export.cached import onnx_for, weights_of
 
-__all__ = ["onnx_for"]
+__all__ = ["onnx_for", "weights_of"]

@@ -24,7 +24,7 @@ from typing import Any, Final
 from imagemill.errors import ImagemillError, Interrupted, ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models.export.child import Exported, Request
-from imagemill.models.folders import json_file
+from imagemill.models.folders import json_file, timm_config
 from imagemill.models.folders.json_file import CONFIG, INDEX, WEIGHTS, Document
 from imagemill.system import files
 from imagemill.system.messages import Notify
@@ -73,7 +73,7 @@ def onnx_for(
     """
     document = json_file.read(folder / CONFIG)
     network, library = _network(document)
-    shards, versions = _shards(folder), _versions(folder, network, library)
+    shards, versions = weights_of(folder), _versions(folder, network, library)
     request = Request(network, library, _shape(document, size), shards)
     config = document.values
     key = _key(request, config, versions)
@@ -101,7 +101,7 @@ def _network(document: Document) -> tuple[str, str]:
             "quantization_config: the weights are quantised, and imagemill exports networks in fp32"
             " only. Use the unquantised model"
         )
-    if "pretrained_cfg" in config:
+    if timm_config.is_timm(document):
         network, key, library = config.get("architecture"), "architecture", "timm"
     else:
         named = config.get("architectures")
@@ -112,7 +112,7 @@ def _network(document: Document) -> tuple[str, str]:
     return network, library
 
 
-def _shards(folder: Path) -> tuple[Path, ...]:
+def weights_of(folder: Path) -> tuple[Path, ...]:
     """Return the files that hold a folder's weights. Raises: ModelError."""
     if (folder / WEIGHTS).is_file():
         return (folder / WEIGHTS,)
@@ -152,7 +152,8 @@ def _versions(folder: Path, network: str, library: str) -> dict[str, str]:
 def _shape(document: Document, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """Return channels, height and width of the input. Raises: ModelError."""
     config = document.values
-    cfg, vision = config.get("pretrained_cfg"), config.get("vision_config")
+    vision = config.get("vision_config")
+    cfg = config.get("pretrained_cfg", config) if timm_config.is_timm(document) else None
     if isinstance(cfg, dict):
         shape = cfg.get("input_size")
     else:

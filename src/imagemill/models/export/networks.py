@@ -99,7 +99,7 @@ def _timm(request: Request, folder: Path) -> torch.nn.Module:
     if not timm.is_model(request.network):
         raise ModelError(f"timm {timm.__version__} has no network of that name.")
     config = json.loads((folder / "config.json").read_bytes())
-    stated = config["pretrained_cfg"] | {
+    stated = config.get("pretrained_cfg", config) | {
         key: config[key] for key in ("num_classes",) if key in config
     }
     weights = {

@@ -30,8 +30,8 @@ from imagemill.models.folders.transformers_config import is_plain_resnet
 from imagemill.records import Bundle
 from imagemill.system.messages import Notify
 
-_WEIGHTS: Final = (WEIGHTS, INDEX, "pytorch_model.bin")
-_SHARD: Final = "model-*-of-*.safetensors"
+_PICKLE: Final = "pytorch_model.bin"
+_WEIGHTS: Final = (WEIGHTS, INDEX, _PICKLE)
 _MAX_GRAPH_BYTES: Final = 2**31
 """Limit of protobuf. Larger models keep their weights in files beside the graph."""
 _LISTED: Final = 5
@@ -169,22 +169,24 @@ def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
     ]
     usual = [name for name in GRAPHS if name in graphs]
     listed = ", ".join(printable(name) for name in graphs[:_LISTED])
-    if len(graphs) > 1 and not usual:
-        raise ModelError(
-            f"{printable(folder)} has {len(graphs)} ONNX files, none of which is called model.onnx:"
-            f" {listed}. Rename the one to use."
-        )
-    for name in (*(usual or graphs), *_WEIGHTS):
+    weights = [item for item in _WEIGHTS if (folder / item).is_file()]
+    safe = [item for item in weights if item != _PICKLE]
+    # An ONNX file of another name may be a quantised one.
+    for name in (*usual, *safe, *graphs, *weights):
         file = json_file.inside(folder, name)
         if file is None:
             continue
+        if name in graphs and len(graphs) > 1 and not usual:
+            raise ModelError(
+                f"{printable(folder)} has {len(graphs)} ONNX files, none of which is called"
+                f" model.onnx: {listed}. Rename the one to use."
+            )
         size = file.stat().st_size
         if file.suffix == ".onnx" and size >= _MAX_GRAPH_BYTES:
             raise ModelError(
                 f"{printable(file)} has {size:,} bytes; ONNX files are smaller than"
                 f" {_MAX_GRAPH_BYTES:,}."
             )
-        weights = [item for item in _WEIGHTS if (folder / item).is_file()]
         return file, tuple(item for item in (*graphs, *weights) if item != name)
     raise ModelError(
         f"{printable(folder)} has no weights that can be read: no model.onnx, onnx/model.onnx,"
@@ -193,17 +195,21 @@ def _source(folder: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _key(model: Model) -> str:
-    """Return a hash of what decides the bundle."""
-    sums = [bundles.sha256(model.source)]
-    if model.source.suffix == ".onnx":
-        names = wrap.external_files(model.source, wrap.parse(model.source))
-        sums += [bundles.sha256(model.source.parent / name) for name in names]
-    elif model.source.name == INDEX:
-        shards = sorted(file.name for file in model.folder.glob(_SHARD))
-        found = (json_file.inside(model.folder, name) for name in shards)
-        sums += [bundles.sha256(file) for file in found if file is not None]
-    facts = [_READER, model.architecture, asdict(model.read.card), sums]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    """Return a hash of what decides the bundle. Weights alone do not say what network they are for:
+    that is all of `config.json`.
+    """
+    source, config = model.source, model.document.values
+    files = [source]
+    if source.suffix == ".onnx":
+        files += [source.parent / name for name in wrap.external_files(source, wrap.parse(source))]
+        config = {}
+    elif source.name == INDEX:
+        from imagemill.models import export
+
+        files += export.weights_of(model.folder)
+    sums = [bundles.sha256(file) for file in files]
+    facts = [_READER, model.architecture, asdict(model.read.card), config, sums]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 # ── building ──────────────────────────────────────────────────────────────────────────────────────

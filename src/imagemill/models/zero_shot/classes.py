@@ -33,6 +33,7 @@ from imagemill.models.zero_shot.prompts import Prompts
 from imagemill.models.zero_shot.text_tower import TextTower, tokenize
 from imagemill.models.zero_shot.towers import Towers
 from imagemill.records import Bundle, Scores
+from imagemill.system import serialization
 from imagemill.system.messages import Notify
 
 Array = NDArray[np.float32]
@@ -79,8 +80,8 @@ def make(
         )
     card = read_transformers(towers.folder, json_file.read(towers.folder / json_file.CONFIG), {})
     scale = scales.find(towers.folder, has_bias=has_bias, scale=logit_scale, bias=logit_bias)
-    key = _key(towers, prompts, card, scale)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    key = _key(towers, prompts, card, scale, family)
+    if not bundles.is_free(output):
         return _existing(output, key, notify)
     model = wrap.load(towers.image_file)
     wanted = last_layer.features(towers.image_file, model, kind.image_output)
@@ -179,12 +180,18 @@ def _check_distinct(prompts: Prompts, keys: list[int]) -> None:
             )
 
 
-def _key(towers: Towers, prompts: Prompts, card: ReadCard, scale: scales.Scale) -> str:
+def _key(
+    towers: Towers, prompts: Prompts, card: ReadCard, scale: scales.Scale, family: Family
+) -> str:
     """Return a hash of everything that decides the model."""
-    names = (towers.image_file, towers.text_file, towers.folder / "tokenizer.json")
+    files = [towers.folder / "tokenizer.json"]
+    for graph in (towers.image_file, towers.text_file):
+        beside = wrap.external_files(graph, wrap.parse(graph))
+        files += [graph, *(graph.parent / name for name in beside)]
     values = [
         _VERSION,
-        [bundles.sha256(file) for file in names if file.is_file()],
+        [bundles.sha256(file) for file in files if file.is_file()],
+        serialization.to_plain(family),
         prompts.labels,
         prompts.templates,
         asdict(card.card),
@@ -204,4 +211,4 @@ def _existing(output: Path, key: str, notify: Notify) -> Bundle:
             f"--output {printable(output)} holds another model ({found.card.name},"
             f" {counted(len(found.card.labels), 'class')}). Remove it, or give another folder."
         )
-    raise UsageError(f"--output {printable(output)} exists and is not empty. Give a new folder.")
+    raise UsageError(f"--output {printable(output)} is there already. Give a new folder.")
