@@ -436,6 +436,44 @@ def test_damage_inside_costs_what_lies_behind_it_in_its_row_group(tmp_path: Path
     assert found == ["ok"] * first + ["corrupt"] * (20 - first) + ["ok"] * 20
 
 
+def test_damage_further_on_costs_no_image_before_it_in_any_order(tmp_path: Path) -> None:
+    """A row has one answer, whatever was asked for before it."""
+    data = [random.Random(number).randbytes(2**20) for number in range(60)]
+    pq.write_table(
+        pa.table({"image": data}),
+        tmp_path / "t.parquet",
+        row_group_size=60,
+        use_dictionary=False,
+        write_batch_size=1,
+        data_page_size=1,
+    )
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    at = content.index(data[55][:64])
+    content[at - 200 : at] = bytes(200)
+    (tmp_path / "t.parquet").write_bytes(content)
+    entries = listed(tmp_path / "t.parquet")
+    for asked, known in ((5, True), (59, False), (5, True), (50, True), (59, False)):
+        if known:
+            assert fetched(tmp_path / "t.parquet", entries[asked]) == data[asked]
+        else:
+            with pytest.raises(BadImage, match="the table is damaged from row"):
+                fetched(tmp_path / "t.parquet", entries[asked])
+
+
+def test_images_that_are_stored_once_for_many_rows_take_no_more_memory(tmp_path: Path) -> None:
+    """As in tables of questions about images. A batch is measured in decoded bytes."""
+    image = random.Random(0).randbytes(700_000)
+    pq.write_table(pa.table({"image": [image] * 300}), tmp_path / "t.parquet")
+    entries = listed(tmp_path / "t.parquet")
+    before = pa.total_allocated_bytes()
+    assert fetched(tmp_path / "t.parquet", entries[0]) == image
+    assert pa.total_allocated_bytes() - before < 40e6
+    (group,) = parquet._table(
+        os.fsencode(tmp_path / "t.parquet"), None, str(tmp_path / "t.parquet")
+    )._groups.values()
+    assert group._batch_rows <= 8
+
+
 def test_no_flipped_bytes_end_the_process(tmp_path: Path) -> None:
     """Wherever they are: a SourceError, a bad row, or bytes that the decoder judges."""
     random_bytes = random.Random(1)

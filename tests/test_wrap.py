@@ -413,6 +413,11 @@ def test_a_portable_bundle_needs_no_file_and_no_card(
     refused = imagemill("wrap", exported("dynamo"), "--output", tmp_path / "full")
     assert refused.code == 2
     assert "is there already" in refused.err
+    (tmp_path / "empty").mkdir()
+    refused = imagemill("wrap", exported("dynamo"), "--output", ".", cwd=tmp_path / "empty")
+    assert refused.code == 2, "the current folder would be replaced by another one"
+    assert "--output . is there already" in refused.err
+    (tmp_path / "empty").rmdir()
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "images") == [
         "dynamo.onnx",
         "full",

@@ -40,13 +40,13 @@ from imagemill.system.retry import RetryPolicy
 from imagemill.version import __version__
 
 Answer = urllib3.BaseHTTPResponse
-CONNECTIONS_PER_HOST = 8
+_KEPT_CONNECTIONS = 1_024
+"""Of one host: more than a process has decoding threads, each of which has one at a time."""
 CHUNK_BYTES = 2**18
 _MAX_HOSTS = 64
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TEMPORARY = frozenset({408, 425, 429, 500, 502, 503, 504})
-_LONGEST_POOL_WAIT_S = 3_600.0
 
 
 class HttpError(Exception):
@@ -77,7 +77,7 @@ class StatusError(HttpError):
 
 
 class Client:
-    """Connections that requests share, from many threads. Threads wait for a free one per host.
+    """Connections that requests of many threads share.
 
     Args:
         connect_deadline: whether `RetryPolicy.connect_s` limits resolving the name, connecting to
@@ -88,6 +88,7 @@ class Client:
         self._connect_deadline = connect_deadline
         self._trusted = ssl.create_default_context()
         self._pool = functools.cache(self._new_pool)
+        self._lock = threading.Lock()
 
     @contextmanager
     def get(self, url: str, policy: RetryPolicy, headers: Mapping[str, str]) -> Iterator[Answer]:
@@ -120,7 +121,10 @@ class Client:
                 if isinstance(error, HTTPError):
                     raise
                 raise HttpError(one_line(error), is_temporary=isinstance(error, OSError)) from error
-            yield answer
+            try:
+                yield answer
+            except ValueError as error:  # of a damaged body
+                raise HttpError(one_line(error)) from error
         except HTTPError as error:
             raise _translated(error, in_body=answer is not None) from error
         finally:
@@ -130,11 +134,15 @@ class Client:
 
     def _send(self, url: str, policy: RetryPolicy, headers: Mapping[str, str]) -> Answer:
         scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
+        if not host:
+            raise HttpError("the URL names no host", is_temporary=False)
         fields = {"User-Agent": f"imagemill/{__version__}", "Accept-Encoding": "identity"}
         fields |= headers
         if (password := netrc_passwords().get(host)) is not None:
             fields |= urllib3.make_headers(basic_auth=password)
-        return self._pool(_proxy(scheme, host)).request(
+        with self._lock:
+            pool = self._pool(_proxy(scheme, host))
+        return pool.request(
             "GET",
             url,
             headers=fields,
@@ -142,13 +150,11 @@ class Client:
             retries=False,
             preload_content=False,
             timeout=urllib3.Timeout(connect=policy.connect_s, read=policy.silence_s),
-            pool_timeout=min(policy.seconds, _LONGEST_POOL_WAIT_S),
         )
 
     def _new_pool(self, proxy: str | None) -> urllib3.PoolManager:
         options: dict[str, Any] = {
-            "maxsize": CONNECTIONS_PER_HOST,
-            "block": True,
+            "maxsize": _KEPT_CONNECTIONS,
             "ssl_context": self._trusted,
         }
         if proxy is None:
@@ -205,7 +211,7 @@ class _HttpsPool(urllib3.HTTPSConnectionPool):
 def announced_bytes(answer: Answer) -> int | None:
     """Return the length of a body that its header names, if any."""
     length = answer.headers.get("Content-Length") or ""
-    return int(length) if length.isdigit() else None
+    return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else None
 
 
 def _redirected(url: str, target: str) -> str:

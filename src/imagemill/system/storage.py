@@ -186,6 +186,10 @@ def local_path(url: bytes) -> bytes:
     return unquote_to_bytes(path)
 
 
+class NoPlaceError(UsageError):
+    """A URL names no place in an object store, or none that can be opened."""
+
+
 def open_bucket(url: str, policy: RetryPolicy | None = None) -> Bucket:
     """Open a bucket, or what is below a prefix of it; nothing is asked of it yet.
 
@@ -202,7 +206,7 @@ def open_bucket(url: str, policy: RetryPolicy | None = None) -> Bucket:
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.rstrip("/").partition("/")
     if scheme not in SCHEMES or not bucket or "//" in f"/{prefix}":
-        raise UsageError(
+        raise NoPlaceError(
             f"{url}: not a place in an object store. Write it like s3://bucket/prefix."
         )
     return Bucket(f"{scheme}://{bucket}", prefix, policy or READING)
@@ -498,7 +502,7 @@ def _make_client(
             credential_provider=_profile(variables) if bucket.startswith("s3://") else None,
         )
     except Exception as error:  # the library's own are of no common kind
-        raise UsageError(
+        raise NoPlaceError(
             f"{bucket}: cannot be opened: {reason(error)}. Look at the variables {_VARIABLES}."
         ) from error
 

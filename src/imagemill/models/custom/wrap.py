@@ -10,6 +10,7 @@ was exported is opened, and the check run shows whether the graph allows that.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -304,7 +305,24 @@ def parse(file: Path) -> onnx.ModelProto:
         raise ModelError(
             f"{printable(file)} is damaged: a name in it is not UTF-8. Export it again."
         )
+    if (node := _without_inputs(model)) is not None:
+        raise ModelError(
+            f"{printable(file)} is damaged: its operator {node.op_type} {printable(node.name)!r}"
+            f" has {counted(len(node.input), 'input')}, which is too few. Export it again."
+        )
     return model
+
+
+def _without_inputs(model: onnx.ModelProto) -> onnx.NodeProto | None:
+    """Return a node with fewer inputs than its operator needs: OpenVINO's reader would crash."""
+    from onnx import defs
+
+    opset = next((entry.version for entry in model.opset_import if not entry.domain), 1)
+    for node in model.graph.node:
+        with contextlib.suppress(defs.SchemaError):  # an operator that onnx does not know
+            if len(node.input) < defs.get_schema(node.op_type, opset, node.domain).min_input:
+                return node
+    return None
 
 
 def _is_text(message: Any) -> bool:

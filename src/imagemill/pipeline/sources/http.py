@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 
 from imagemill.errors import SourceError
@@ -26,8 +27,14 @@ READING = RetryPolicy(seconds=35.0)
 PROBING = RetryPolicy(attempts=3, seconds=8.0, connect_s=3.0, silence_s=5.0)
 """To find out whether a source exists, before anything starts."""
 
-client = functools.cache(Client)
-"""Return the HTTP client of this process, the same one each time."""
+_LOCK = threading.Lock()
+_client = functools.cache(Client)
+
+
+def client() -> Client:
+    """Return the HTTP client of this process, the same one each time."""
+    with _LOCK:
+        return _client()
 
 
 class HttpSource:

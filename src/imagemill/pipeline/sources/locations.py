@@ -47,8 +47,8 @@ def fetch(location: bytes, max_bytes: int, access: Access = AS_GIVEN) -> bytes:
     if storage.names_password(location):
         raise BadImage(Status.READ_ERROR, f"cannot be read: {storage.NO_PASSWORDS}")
     url = location.decode("utf-8", "surrogateescape")
-    scheme = url.partition("://")[0].lower()
-    if scheme in ("http", "https"):
+    scheme = url.partition("://")[0]
+    if scheme.lower() in ("http", "https"):
         from imagemill.pipeline.sources import http
 
         return http.fetch(url, max_bytes, user_agent=access.user_agent)

@@ -66,6 +66,7 @@ _LOCATOR = struct.Struct(">III")
 """Row group, row in it, CRC-32 of the footer; so that locators sort as the rows do."""
 _BATCH_BYTES = 4 * 2**20
 _KEPT_BYTES = 32 * 2**20
+_FIRST_ROWS = 8
 _BUFFER_BYTES = 4 * 2**20
 _LISTED_ROWS = 4_096
 _KEPT_ROWS = 1_024
@@ -387,16 +388,24 @@ class _RowGroup:
     def __init__(self, opened: OpenTable, group: int, column: str) -> None:
         self._opened, self._group, self._column = opened, group, column
         about = opened.file.metadata.row_group(group)
-        sizes = [
-            about.column(leaf).total_uncompressed_size
-            for leaf in range(about.num_columns)
-            if about.column(leaf).path_in_schema == column
-        ]
-        self._batch_rows = min(max(_BATCH_BYTES * about.num_rows // max(sum(sizes), 1), 1), 1_024)
-        self._damage: str | None = None
+        leaves = [about.column(leaf) for leaf in range(about.num_columns)]
+        leaves = [leaf for leaf in leaves if leaf.path_in_schema == column]
+        size = sum(leaf.total_uncompressed_size for leaf in leaves)
+        self._batch_rows = min(max(_BATCH_BYTES * about.num_rows // max(size, 1), 1), 1_024)
+        if any(leaf.has_dictionary_page for leaf in leaves):  # values may be stored once for many
+            self._batch_rows = min(self._batch_rows, self._rows_that_fit())
         self._begin()
 
+    def _rows_that_fit(self) -> int:
+        """Return how many rows as large as the first ones make a batch."""
+        with contextlib.suppress(OSError, pa.ArrowException):  # `at` says so
+            first = next(self._opened.batches(self._group, self._column, _FIRST_ROWS), None)
+            if first is not None and first.nbytes > 0:
+                return max(_BATCH_BYTES * len(first) // first.nbytes, 1)
+        return _FIRST_ROWS
+
     def _begin(self) -> None:
+        self._damage: str | None = None
         self._coming = self._opened.batches(self._group, self._column, self._batch_rows)
         self._kept: deque[tuple[int, Any]] = deque()
         self._next = 0
