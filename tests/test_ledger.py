@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -455,7 +456,42 @@ def test_a_plan_that_lost_images_is_found(out: Path) -> None:
     """
     for path in (out / "plan").glob("*.parquet"):
         path.unlink()
-    assert (None, "does not hold the 10 images of job.json") in found(out)
+    assert found(out) == [(None, "does not hold the 10 images of job.json")]
+    parts = sorted((out / "predictions").iterdir())
+    OpenJob.open(out).verify(quarantine=True)
+    assert sorted((out / "predictions").iterdir()) == parts, "there is nothing to hold them against"
+
+
+def test_a_part_that_cannot_be_read_now_is_not_damaged(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk or store that fails once must not move a sound part to quarantine, nor be blamed on
+    the file that was to be written.
+    """
+    job = OpenJob.open(out)
+    shards = job.shards
+    real = type(job.store).read
+
+    def read(store: Any, path: Path) -> bytes:
+        if path == part(out, 1):
+            raise OSError(errno.EIO, "no answer")
+        return real(store, path)
+
+    monkeypatch.setattr(type(job.store), "read", read)
+    monkeypatch.setattr(
+        type(job.store), "open", lambda store, path: pa.BufferReader(read(store, path))
+    )
+    message = r"part-000001\.parquet cannot be read: no answer\. Repeat the command when it can"
+    for reading in (
+        lambda: job.verify(quarantine=True),
+        lambda: ledger.examine(job.store, 1),
+        lambda: list(ledger.tables(job.store, [1], ["index"])),
+        lambda: job.close([], lambda _, path: path),
+    ):
+        with pytest.raises(PartError, match=message):
+            reading()
+    assert not (out / "quarantine").exists()
+    assert len(shards) == 4
 
 
 def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:

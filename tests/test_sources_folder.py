@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import io
 import os
 import random
 import shutil
@@ -20,9 +21,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from helpers import Result, fill, without_root_powers
-from imagemill.errors import SourceError, UsageError
+from imagemill.errors import OutputError, SourceError, UsageError
 from imagemill.pipeline.sources import Filters, Skipped, files, folder, open_all, resolve
-from imagemill.pipeline.sources.base import matcher
+from imagemill.pipeline.sources.base import MOST_SUFFIXES, matcher
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.records import BadImage, Entry, Status
 from imagemill.system.retry import RetryPolicy
@@ -138,6 +139,9 @@ def test_filters_choose_by_name_or_by_path(
         ("this finds `2024/may/a.png`", {"include": ("2024/*.png",)}, b"2024/may/a.png", True),
         ("the whole path below the source", {"include": ("may/*",)}, b"2024/may/a.png", False),
         ("`thumbs` or `thumbs/`", {"exclude": ("thumbs/",)}, b"a/thumbs/", False),
+        ("with everything in them", {"exclude": ("thumbs/",)}, b"/a/thumbs/b/1.jpg", False),
+        ("with everything in them", {"exclude": ("a/thumbs",)}, b"a/thumbs/b/1.jpg", False),
+        ("with everything in them", {"exclude": ("thumbs",)}, b"a/thumbs2/1.jpg", True),
         ("Capital and small letters differ", {"include": ("*.png",)}, b"a.PNG", False),
         ("one of `--include`", {"include": ("*.png", "*.jpg")}, b"a.jpg", True),
         ("none of `--exclude`", {"include": ("*",), "exclude": ("b*", "a*")}, b"a.jpg", False),
@@ -624,3 +628,38 @@ def test_a_folder_without_the_right_to_enter_it_ends_the_command(
         " leave it out with --exclude" in result.err
     )
     assert not (tmp_path / "out" / "job.json").exists()
+
+
+def test_two_dots_behind_a_link_lead_where_the_system_goes(tmp_path: Path) -> None:
+    """`link/../photos` is what `ls` shows, not the `photos` beside the link."""
+    fill(tmp_path / "here", {"photos/1.png": b"x"})
+    fill(tmp_path / "there", {"photos/2.png": b"x", "in/3.png": b"x"})
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there" / "in")
+    (source,) = resolve([f"{tmp_path}/here/link/../photos"])
+    assert [path.name for path in Path(source).iterdir()] == ["2.png"]
+    assert resolve([f"{tmp_path}/here/../there/photos"]) == (f"{tmp_path}/there/photos",)
+
+
+def test_names_that_find_no_room_to_be_sorted_blame_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, {f"{number}.png": b"x" for number in range(8)})
+    monkeypatch.setattr(folder, "_NAMES_IN_MEMORY", 2)
+
+    class Full(io.BytesIO):
+        def writelines(self, _: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder.tempfile, "TemporaryFile", Full)
+    with pytest.raises(OutputError, match=r"cannot sort the names .*No space left.* set TMPDIR"):
+        entries(tmp_path)
+
+
+def test_suffixes_without_end_are_summed_up(tmp_path: Path) -> None:
+    """scan.000001, scan.000002, …: the summary names the first ones."""
+    fill(tmp_path, {f"scan.{number:06}": b"x" for number in range(100)} | {"a.png": b"x"})
+    found, skipped = entries(tmp_path)
+    assert len(found) == 1
+    assert len(skipped.by_suffix) == MOST_SUFFIXES + 1
+    assert skipped.by_suffix["others"] == 100 - MOST_SUFFIXES
+    assert skipped.by_suffix.total() == 100

@@ -167,7 +167,8 @@ def test_a_prefix_is_listed_as_a_folder_is(s3: Bucket, tmp_path: Path, filters: 
         (e.source, e.path, e.size) for e in expected
     }
     assert skipped.by_suffix == expected_skipped.by_suffix
-    assert skipped.by_filter == expected_skipped.by_filter
+    in_closed_folders = 1 if filters.exclude else 0  # on a disk nobody looks into them
+    assert skipped.by_filter == expected_skipped.by_filter + in_closed_folders
 
     def grouped(entries: list[Any]) -> set[frozenset[bytes]]:
         inside = [entry for entry in entries if b"/" in entry.path]

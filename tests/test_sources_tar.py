@@ -625,6 +625,17 @@ def test_a_limit_keeps_the_index_as_far_as_it_goes(
     )
 
 
+def test_a_limit_and_no_room_for_the_index_are_no_traceback(
+    packed: tuple[Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """Python would print `Exception ignored in …`. Images are read without the index."""
+    source = unopened(packed[0], tmp_path / "nowhere")
+    entries = source.entries(Filters(), listed(packed[0])[2])
+    first = next(entries)
+    entries.close()  # type: ignore[attr-defined]
+    assert source.fetch(first.path, first.locator, 2**20) == packed[1][first.path.decode()]
+
+
 def test_damage_in_the_middle_of_a_packed_archive_costs_the_images_around_it(
     packed: tuple[Path, dict[str, bytes]], tmp_path: Path
 ) -> None:

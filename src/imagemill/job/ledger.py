@@ -27,7 +27,7 @@ from imagemill.job.columns import row_path
 from imagemill.job.documents import Manifest, PartRecord
 from imagemill.job.store import Store
 from imagemill.records import Job, Receipt, Shard, Status
-from imagemill.system import serialization
+from imagemill.system import files, serialization
 
 T = TypeVar("T")
 
@@ -92,17 +92,16 @@ def examine(store: Store, shard: int, receipt: Receipt | None = None) -> PartRec
     """
     if receipt is not None:
         return PartRecord(receipt.rows, receipt.failed_by_status, receipt.sha256, receipt.bytes)
+    path = store.paths.part(shard)
     try:
-        data = store.read(store.paths.part(shard))
+        data = store.read(path)
         statuses = Counter(
             pq.read_table(pa.BufferReader(data), columns=["status"], use_threads=False)[
                 "status"
             ].to_pylist()
         )
     except (OSError, pa.ArrowException) as error:
-        raise _part_error(
-            store, store.paths.part(shard), f"is damaged: {_first_line(error)}"
-        ) from error
+        raise _unreadable(store, path, error) from error
     rows = statuses.total()
     statuses.pop(Status.OK.value, None)
     return PartRecord(rows, dict(statuses), hashlib.sha256(data).hexdigest(), len(data))
@@ -159,6 +158,20 @@ def _part_error(store: Store, path: Path, problem: str) -> PartError:
     )
 
 
+def _unreadable(store: Store, path: Path, error: Exception) -> PartError:
+    """Return the error for a part that raised one as it was read. If reading failed, the part may
+    be sound; Arrow's own complaints have no number.
+    """
+    if isinstance(error, FileNotFoundError):
+        return _part_error(store, path, MISSING)
+    if isinstance(error, OSError) and error.errno is not None:
+        return PartError(
+            f"{store.paths.shown(path)} cannot be read: {files.reason(error)}. Repeat the command"
+            " when it can: finished parts are kept."
+        )
+    return _part_error(store, path, f"is damaged: {_first_line(error)}")
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
@@ -204,7 +217,7 @@ def tables(store: Store, shards: Iterable[int], columns: Sequence[str]) -> Itera
                 table = part.read(columns=list(columns), use_threads=False)
                 table = table.select(list(dict.fromkeys(names)))
         except (OSError, pa.ArrowException, KeyError) as error:
-            raise _part_error(store, path, f"is damaged: {_first_line(error)}") from error
+            raise _unreadable(store, path, error) from error
         if what := _check_shard_number(table.schema.metadata, shard):
             raise _part_error(store, path, what)
         yield table
@@ -225,8 +238,7 @@ def failed_paths(
     for shard in shards:
         path = store.paths.part(shard.number)
         if parts[path.name].failed_by_status:
-            with store.open(path) as file:
-                table = pq.read_table(file, columns=["status", "error"], use_threads=False)
+            (table,) = tables(store, [shard.number], ["status", "error"])
             statuses = table["status"].to_pylist()
             for error in table["error"].drop_null().to_pylist():
                 extras.update(_EXTRA.findall(error))
@@ -302,6 +314,9 @@ def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | No
     path = store.paths.part(shard.number)
     try:
         data = store.read(path)
+    except OSError as error:
+        raise _unreadable(store, path, error) from error
+    try:
         if recorded and hashlib.sha256(data).hexdigest() != recorded.sha256:
             return "is not the file that was committed: its sha256 differs from the manifest's"
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
@@ -350,12 +365,10 @@ def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | No
 
 def _check_schema(store: Store, shard: Shard, answer_id: str) -> str | None:
     try:
-        with store.open(store.paths.part(shard.number)) as file:
+        with store.open(path := store.paths.part(shard.number)) as file:
             metadata = pq.read_schema(file).metadata
-    except FileNotFoundError:
-        return MISSING
     except (OSError, pa.ArrowException) as error:
-        return f"cannot be read: {_first_line(error)}"
+        raise _unreadable(store, path, error) from error
     return _check_metadata(metadata, shard, answer_id)
 
 

@@ -257,15 +257,11 @@ class OpenJob(Struct, frozen=True, dict=True):
             OutputError: `quarantine` is set while the job runs, or the plan cannot be read.
         """
         shards = self._read_shards()
-        problems = list(ledger.verify(self.store, shards, self.frozen.job))
         if sum(shard.count for shard in shards) != self.frozen.images:
-            problems.append(
-                ledger.Problem(
-                    None,
-                    self.paths.plan,
-                    f"does not hold the {counted(self.frozen.images, 'image')} of job.json",
-                )
-            )
+            images = counted(self.frozen.images, "image")
+            what = f"does not hold the {images} of job.json"  # nothing to compare parts with
+            return [ledger.Problem(None, self.paths.plan, what)], []
+        problems = list(ledger.verify(self.store, shards, self.frozen.job))
         if not quarantine:
             return problems, []
         with lock.locked(self.paths):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from imagemill.system import storage, userdirs
+from imagemill.system import files, storage, userdirs
 from imagemill.system.files import _TEMPORARY_SUFFIX
 
 _PART_PREFIX = "part-"
@@ -33,9 +33,9 @@ class JobPaths(Struct, frozen=True):
     @classmethod
     def of(cls, output: str, log_dir: str | None = None) -> JobPaths:
         """Return the paths of a job, from the values of `--output` and `--log-dir`."""
-        logs = _normalised(log_dir) if log_dir else None
+        logs = files.absolute(log_dir) if log_dir else None
         if not storage.is_url(output):
-            return cls(_normalised(output), logs)
+            return cls(files.absolute(output), logs)
         url = output.rstrip("/")
         return cls(
             userdirs.cache() / "jobs" / hashlib.sha256(url.encode()).hexdigest()[:16], logs, url
@@ -226,11 +226,3 @@ class JobPaths(Struct, frozen=True):
             if folder.is_dir():
                 for path in folder.glob(f".*{_TEMPORARY_SUFFIX}"):
                     path.unlink(missing_ok=True)
-
-
-def _normalised(path: str) -> Path:
-    """Return an absolute path without `..`, unless that would leave a link another way than the
-    system does.
-    """
-    plain = os.path.abspath(path)  # noqa: PTH100 - links stay as they were given
-    return Path(plain if os.path.realpath(plain) == os.path.realpath(path) else path).absolute()

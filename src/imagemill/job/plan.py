@@ -73,7 +73,7 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
     Raises:
         OutputError: it cannot be written.
     """
-    images, groups = 0, set[int]()
+    images, groups, group = 0, 0, -1
     columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
 
     def flush(writer: pa.RecordBatchFileWriter) -> None:
@@ -99,13 +99,13 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
                 ):
                     column.append(value)
                 images += 1
-                groups.add(entry.group)
+                groups, group = groups + (entry.group != group), entry.group
                 if len(columns[0]) == _SPOOL_ROWS:
                     flush(writer)
             flush(writer)
     except OSError as error:
         raise cannot_write(path, error) from error
-    return Listing(images, len(groups))
+    return Listing(images, groups)
 
 
 def cut(

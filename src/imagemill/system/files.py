@@ -36,6 +36,16 @@ def is_system_file(name: str) -> bool:
     return _SYSTEM_FILES.fullmatch(name) is not None
 
 
+def absolute(path: str) -> Path:
+    """Return an absolute path without `..`, unless that would leave a link another way than the
+    system does. Links stay as they were given.
+    """
+    plain = os.path.abspath(path)  # noqa: PTH100 - `Path.absolute` keeps `..`
+    if ".." in Path(path).parts and os.path.realpath(plain) != os.path.realpath(path):
+        return Path(path).absolute()
+    return Path(plain)
+
+
 def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
     """Write `data`, at once or in pieces, to `path` so that a reader, or a crash, sees all of it or
     nothing.

@@ -36,6 +36,7 @@ from imagemill.pipeline.sources.tar import TarSource
 from imagemill.pipeline.sources.zip import ZipSource
 from imagemill.records import AS_GIVEN, Access, Filters
 from imagemill.system import interruptible, storage
+from imagemill.system.files import absolute
 
 __all__ = [
     "Filters",
@@ -86,7 +87,7 @@ def _absolute_path(location: str) -> str:
             location = os.fsdecode(storage.local_path(os.fsencode(location)))
     except ValueError as error:
         raise UsageError(f"source {location}: {error}.") from error
-    return os.path.abspath(location)  # noqa: PTH100
+    return str(absolute(location))
 
 
 def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import objects
-from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, open_folders, wanted_suffix
+from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
 from imagemill.pipeline.sources.files import retried
 from imagemill.records import Filters
 from imagemill.system import storage
@@ -20,19 +20,17 @@ _KEPT_OPEN = 4
 
 
 def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
-    """Return a function that tells by its path whether a member is planned, and counts the others.
-
-    Nothing below a folder that `--exclude` names is planned, as on a disk.
+    """Return a function that tells by its path whether a member of an archive or a store is
+    planned, and counts the others.
     """
     wanted = matcher(filters)
-    is_open = open_folders(wanted)
 
     def chosen(path: bytes) -> bool:
         if is_hidden(path):
             skipped.hidden += 1
         elif (suffix := wanted_suffix(path, filters)) is not None:
-            skipped.by_suffix[suffix] += 1
-        elif not wanted(path) or (filters.exclude and not is_open(path)):
+            skipped.add_suffix(suffix)
+        elif not wanted(path):
             skipped.by_filter += 1
         else:
             return True

@@ -25,12 +25,16 @@ IMAGE_SUFFIXES = frozenset(
 becomes its row.
 """
 _FOLDERS_REMEMBERED = 1_000
+MOST_SUFFIXES = 30
+OTHER_SUFFIXES = "others"
+"""Stands for suffixes beyond the first `MOST_SUFFIXES`: scan.000001, scan.000002, …"""
 
 
 class Skipped(Struct):
     """What a listing left out: counts that the summary reports."""
 
     by_suffix: Counter[str] = field(default_factory=Counter)
+    """At most `MOST_SUFFIXES` of them; the others are counted as `OTHER_SUFFIXES`."""
     hidden: int = 0
     by_filter: int = 0
     archive_notes: list[str] = []
@@ -43,6 +47,11 @@ class Skipped(Struct):
     empty_sources: int = 0
     """Sources that hold no image, beside others that do."""
     first_empty_source: str = ""
+
+    def add_suffix(self, suffix: str) -> None:
+        """Count a file that is no image."""
+        known = suffix in self.by_suffix or len(self.by_suffix) < MOST_SUFFIXES
+        self.by_suffix[suffix if known else OTHER_SUFFIXES] += 1
 
     def add_broken_link(self, path: str) -> None:
         """Count a link that leads nowhere."""
@@ -127,27 +136,12 @@ def shown(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")
 
 
-def open_folders(wanted: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
-    """Return a function that tells whether `--exclude` closes no folder above a path.
-
-    Args:
-        wanted: as `matcher` returns it.
-    """
-
-    @lru_cache(_FOLDERS_REMEMBERED)
-    def is_open(folder: bytes) -> bool:
-        slashes = re.finditer(rb"(?<=[^/])/", folder)
-        return all(wanted(folder[: slash.end()]) for slash in slashes)
-
-    return lambda path: is_open(path[: path.rfind(b"/") + 1])
-
-
 def matcher(filters: Filters) -> Callable[[bytes], bool]:
     """Whether a path is wanted. A pattern with a slash is held against the whole relative path,
     else against the name; `*` crosses slashes.
 
-    A path that ends in a slash is a folder: `--exclude` closes it, `--include` says nothing about
-    it.
+    A path that ends in a slash is a folder: `--exclude` closes it and all below it, `--include`
+    says nothing about it.
     """
 
     def compiled(patterns: tuple[str, ...]) -> list[tuple[bool, re.Pattern[str]]]:
@@ -162,9 +156,15 @@ def matcher(filters: Filters) -> Callable[[bytes], bool]:
         name = path.rpartition("/")[2]
         return any(rule.match(path if whole else name) for whole, rule in rules)
 
+    @lru_cache(_FOLDERS_REMEMBERED)
+    def is_closed(folder: bytes) -> bool:
+        above = re.finditer(rb"(?<=[^/])/", folder)
+        return any(matches(exclude, os.fsdecode(folder[: slash.start()])) for slash in above)
+
     def wanted(path: bytes) -> bool:
         text = os.fsdecode(path.rstrip(b"/"))
-        if exclude and matches(exclude, text):
+        folder = path[: path.rfind(b"/", 0, -1) + 1]
+        if exclude and (matches(exclude, text) or is_closed(folder)):
             return False
         return path.endswith(b"/") or not include or matches(include, text)
 

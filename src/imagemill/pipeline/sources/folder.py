@@ -21,6 +21,7 @@ from imagemill.errors import SourceError
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, matcher, shown
 from imagemill.pipeline.sources.files import read_file
 from imagemill.records import Entry, Filters
+from imagemill.system.files import output_errors
 
 _NAMES_IN_MEMORY = 10_000
 _FOLDER, _LINK, _OTHER = b"d", b"l", b"o"
@@ -136,7 +137,7 @@ class FolderSource:
                 else:
                     skipped.by_filter += 1
             elif not inside:
-                skipped.by_suffix[suffix] += 1
+                skipped.add_suffix(suffix)
             if inside and found is not None:
                 identity = (found.st_dev, found.st_ino)
                 loops = identity in outside or any(identity == above for _, above, _ in levels)
@@ -208,14 +209,16 @@ def _kind(entry: os.DirEntry[bytes]) -> bytes:
 
 
 def _merged(chunk: list[bytes], records: Iterator[bytes]) -> Iterator[bytes]:
+    where = f"cannot sort the names of a folder in {tempfile.gettempdir()}"
     file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the merge reads it
     try:
         starts = [0]
         while chunk:
-            file.writelines(record + b"/" for record in chunk)  # no name holds a slash
+            with output_errors(where, "Free space there, or set TMPDIR."):
+                file.writelines(record + b"/" for record in chunk)  # no name holds a slash
+                file.flush()
             starts.append(file.tell())
             chunk = sorted(islice(records, _NAMES_IN_MEMORY))
-        file.flush()
     except BaseException:
         file.close()
         raise

@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator
 
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, open_folders, wanted_suffix
+from imagemill.pipeline.sources.archive import chooser
+from imagemill.pipeline.sources.base import Skipped
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system import storage
 from imagemill.system.retry import RetryPolicy
@@ -46,20 +47,11 @@ class ObjectSource:
         return fetch(f"{self._url}/{os.fsdecode(path)}" if path else self._url, max_bytes)
 
     def _below(self, filters: Filters, skipped: Skipped) -> Iterator[Entry]:
-        wanted = matcher(filters)
-        is_open = open_folders(wanted)
+        chosen = chooser(filters, skipped)
         top, group = b"", -1
         for key, size in storage.open_bucket(self._url).list():
             path = key.encode()
-            if is_hidden(path):
-                skipped.hidden += 1
-            elif not is_open(path):
-                continue
-            elif (suffix := wanted_suffix(path.rpartition(b"/")[2], filters)) is not None:
-                skipped.by_suffix[suffix] += 1
-            elif not wanted(path):
-                skipped.by_filter += 1
-            else:
+            if chosen(path):
                 folder = path.partition(b"/")[0] if b"/" in path else top
                 group, top = group + (folder != top), folder
                 yield Entry(self._position, path, size, max(group, 0))

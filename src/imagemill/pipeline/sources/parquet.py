@@ -401,7 +401,7 @@ class _RowGroup:
         with contextlib.suppress(OSError, pa.ArrowException):  # `at` says so
             first = next(self._opened.batches(self._group, self._column, _FIRST_ROWS), None)
             if first is not None and first.nbytes > 0:
-                return max(_BATCH_BYTES * len(first) // first.nbytes, 1)
+                return max(_BATCH_BYTES * len(first) // int(first.nbytes), 1)
         return _FIRST_ROWS
 
     def _begin(self) -> None:

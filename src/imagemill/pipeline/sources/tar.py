@@ -9,6 +9,7 @@ damaged archive is never a short one.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import re
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Self, cast
 
-from imagemill.errors import SourceError, counted
+from imagemill.errors import OutputError, SourceError, counted
 from imagemill.pipeline.sources import gz, samples
 from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
 from imagemill.pipeline.sources.base import Skipped, shown, too_large
@@ -106,8 +107,9 @@ class TarSource:
                     yield from samples.with_kept(self.name, members, self._keeper)
                 else:
                     yield from (member.entry for member in members if member.entry)
-            except GeneratorExit:  # --limit: the rest is not wanted
-                self._keep_index(blob, stream)
+            except GeneratorExit:  # --limit: the rest is not wanted, and nobody hears of an error
+                with contextlib.suppress(OutputError):
+                    self._keep_index(blob, stream)
                 raise
             self._keep_index(blob, stream)
             if stream.garbage:

@@ -29,7 +29,7 @@ from imagemill.job.store import Store
 from imagemill.records import DeviceSpec, Lease
 from imagemill.system.messages import Notify
 from imagemill.system.processes import Failed
-from imagemill.workers.pool import Event, Joined, Lost, WorkerStatus
+from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerStatus
 from imagemill.workers.protocol import Pause
 from imagemill.workers.ray.actor import actor_class
 from imagemill.workers.ray.messages import Answer, Checked, Report, Restart
@@ -99,11 +99,12 @@ class RayPool:
         """Implement `WorkerPool.receive`."""
         events = list(self._look_at_nodes())
         turn_s = max(_TURN_S, len(self._slots) / _TURNS_PER_S)
+        dead = {event.device for event in self._held if isinstance(event.message, Died)}
         for slot in self._slots.values():
-            if slot.call is None:
+            if slot.call is None and slot.device.name not in dead:  # nobody was told of it yet
                 slot.ask("turn", slot.outbox, turn_s)
                 slot.outbox = []
-        calls = {slot.call: slot for slot in self._slots.values()}
+        calls = {slot.call: slot for slot in self._slots.values() if slot.call is not None}
         if events or not calls:
             time.sleep(0 if events else seconds)
             return events
@@ -144,8 +145,9 @@ class RayPool:
 
     def restart(self, device: str) -> None:
         """Implement `WorkerPool.restart`."""
-        self._slots[device].status = WorkerStatus()
-        self._slots[device].outbox = [Restart()]
+        if device in self._slots:  # otherwise it is lost, which `receive` reports
+            self._slots[device].status = WorkerStatus()
+            self._slots[device].outbox = [Restart()]
 
     def retire(self, device: str) -> bool:
         """Implement `WorkerPool.retire`."""
