@@ -31,7 +31,7 @@ import helpers
 import imagemill
 import sample_images
 from imagemill import api
-from imagemill.errors import ModelError
+from imagemill.errors import ModelError, UsageError
 from imagemill.models import bundle, get
 from imagemill.pipeline.backends.null import NullSession
 from imagemill.records import Limits, Recipe, Settings
@@ -1294,3 +1294,24 @@ def test_the_documented_fields_are_those_of_a_prediction() -> None:
         for name in re.findall(r"`(\w+)`", line.partition("|")[2].partition("|")[0])
     ]
     assert reported == [item.name for item in dataclasses.fields(imagemill.Prediction)]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"limits": {"max_pixels": 9}}, "limits: must be imagemill.Limits, not dict."),
+        ({"device": ""}, "--devices '': is empty."),
+        ({"precision": True}, "--precision True: must be a str, not bool."),
+    ],
+)
+def test_load_refuses_values_of_a_wrong_type(
+    given: dict[str, Any], message: str, models_dir: Path
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        imagemill.load("tiny", models_dir=models_dir, **given)
+    assert message in str(caught.value)
+
+
+def test_no_device_is_the_usual_one(models_dir: Path) -> None:
+    with imagemill.load("tiny", device=None, models_dir=models_dir) as classifier:  # type: ignore[arg-type]
+        assert classifier.labels

@@ -362,6 +362,20 @@ def test_a_lower_precision_is_one_that_the_device_computes_faster(
     assert measure._faster_precisions(chosen) == expected
 
 
+@pytest.mark.process
+def test_few_images_are_shared_by_all_devices(
+    imagemill: Callable[..., helpers.Result], jpegs: Callable[..., Path]
+) -> None:
+    """A shard is one device's, so shards are small enough for each to have some."""
+    report = imagemill(
+        *("bench", jpegs(12), "--model", "tiny", "--devices", "null:3"),
+        *("--limit", 12, "--iterations", 1, "--json"),
+    ).json
+    for what in ("end_to_end", "decode_only"):
+        shares = report[what]["devices"]
+        assert len(shares) == 3 and min(shares.values()) > 0, what
+
+
 # What goes wrong.
 
 
@@ -381,6 +395,14 @@ def test_a_lower_precision_is_one_that_the_device_computes_faster(
             "--synthetic needs no images, but x was given. Leave one of them out.",
         ),
         ({"synthetic": True, "iterations": 0}, "--iterations 0: must be at least 1."),
+        (
+            {"synthetic": True, "limit": 9},
+            "--limit and --num-workers are for images. Leave them out with --synthetic.",
+        ),
+        (
+            {"sources": ("x",), "devices": "cpu:1@openvino+cpu:1@onnxruntime"},
+            "--devices cpu:1@openvino+cpu:1@onnxruntime: several backends. Measure each by itself.",
+        ),
         ({"synthetic": True, "batches_per_step": 0}, "--batches-per-step 0: must be at least 1."),
         (
             {"synthetic": True, "precision": "fp64"},

@@ -334,3 +334,17 @@ def test_a_job_without_its_plan_is_not_exported_as_an_empty_one(
         result = imagemill(*command)
         assert (result.code, result.out) == (1, "")
         assert "plan does not hold the 11 images of job.json. Start again" in result.err
+
+
+@pytest.mark.process
+def test_a_closed_standard_output_is_one_clear_line(finished: Path) -> None:
+    done = subprocess.run(
+        f"exec {sys.executable} -m imagemill export {finished} --to csv >&-",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "imagemill: standard output is closed. Give --output FILE.\n",
+    )

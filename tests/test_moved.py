@@ -15,9 +15,10 @@ import pytest
 from msgspec.structs import replace
 
 import helpers
+import imagemill
 import sample_images
 from archive_files import pack, tar
-from imagemill import run
+from imagemill import cli, run
 from imagemill.errors import JobMismatchError, SourceError, UsageError
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
@@ -96,6 +97,31 @@ def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path
     (new / "folder" / "9.jpg").write_bytes(sample_images.jpeg())
     finished = runner.run(job(*given, moved=((str(old), str(new)),), **OPTIONS), listener)
     assert finished.new_in_source == 1
+
+
+def test_commands_that_read_images_again_find_them_at_their_new_place(
+    job: Jobs, jpegs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures of the report, and the images to sort."""
+    folder, out = jpegs(3), tmp_path / "out"
+    runner.run(job(folder, report=True, **OPTIONS))
+    folder.rename(tmp_path / "moved")
+    (tmp_path / "truth.csv").write_text(
+        "path,label\n" + "".join(f"{p.name},0\n" for p in (tmp_path / "moved").iterdir())
+    )
+    moved = ("--moved", f"{folder}={tmp_path / 'moved'}")
+    truth = ("--truth", f"@{tmp_path / 'truth.csv'}")
+    for arguments in (("report", out), ("score", out, *truth)):
+        assert cli.main([*map(str, arguments), *moved]) == 0
+        page = (out / "report.html").read_text("utf-8")
+        assert "No thumbnail" not in page and page.count("data:image/") >= 3
+    assert cli.main(["sort", str(out), "--into", str(tmp_path / "into"), *moved]) == 0
+    assert len(list((tmp_path / "into").rglob("*.jpg"))) == 3
+    (out / "report.html").write_text("")
+    imagemill.score(out, truth[1], moved={str(folder): str(tmp_path / "moved")})
+    assert (out / "report.html").read_text("utf-8").count("data:image/") >= 3
+    assert cli.main(["report", str(out), "--moved", "/nowhere=/else"]) == 2
+    assert "nothing in this job is there" in capsys.readouterr().err
 
 
 def test_a_new_job_is_named_after_the_old_places(

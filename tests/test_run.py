@@ -29,6 +29,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle
 from imagemill.records import Bundle, Clock, Precision, Settings, Summary
 from imagemill.runner import dry_run, resume, run, summarise
+from imagemill.system import serialization
 from imagemill.version import __version__
 from imagemill.workers import protocol, supervisor
 from tiny import CLASSES, LABELS, TINY_CARD, Finished, tiny_model
@@ -936,6 +937,26 @@ def test_an_image_that_vanished_since_the_plan_is_a_row(started: Settings, tmp_p
     assert run.run(started).failed_by_status == {"missing": 1}
 
 
+def test_preprocessing_that_the_model_has_anyway_may_be_repeated(
+    job: Jobs, jpegs: Folders, tiny: Bundle, tmp_path: Path
+) -> None:
+    """Of a model that is never resized, `card` and `center-crop` are the same."""
+    model = tmp_path / "cropped"
+    shutil.copytree(tiny.dir, model)
+    card = replace(tiny.card, recipe=replace(tiny.card.recipe, resize=None))
+    (model / "card.json").write_bytes(serialization.encode(card))
+    folder = jpegs(1)
+    for preprocess in ("card", "center-crop", "card"):
+        assert run.run(job(folder, model=str(model), preprocess=preprocess)).ok == 1
+
+
+def test_minimum_probabilities_that_differ_a_little_differ(job: Jobs, jpegs: Folders) -> None:
+    folder = jpegs(1)
+    run.run(job(folder, min_probability=0.12345671))
+    with pytest.raises(JobMismatchError, match=r"0\.12345671, now --min-probability 0\.12345679"):
+        run.run(job(folder, min_probability=0.12345679))
+
+
 def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
     """Only shards that hold such a row; repaired images become ok. A status that is not among them
     leaves all as it was.
@@ -946,7 +967,9 @@ def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_p
     (folder / "a.jpg").write_bytes(sample_images.jpeg())
     assert run.run(job(folder, retry_failed=("timeout",))).failed == 2
     assert helpers.parts(tmp_path / "out") == before
+    (tmp_path / "out" / "score.json").write_text("{}")
     summary = run.run(job(folder, retry_failed=("empty",)))
+    assert not (tmp_path / "out" / "score.json").exists(), "it was about other rows"
     assert summary.failed_by_status == {"not_an_image": 1}
     after = helpers.parts(tmp_path / "out")
     assert [name for name in before if after[name] != before[name]] == ["part-000002.parquet"]
@@ -1274,6 +1297,11 @@ def test_a_model_that_changed_on_disk_is_refused(
         ),
         ({"model": "no such model"}, "No model is called no such model."),
         ({"sources": ()}, "give at least one SOURCE"),
+        ({"sources": ("a", "")}, "SOURCE '': is empty. If it comes from a variable of the shell,"),
+        ({"output": " "}, "--output ' ': is empty."),
+        ({"top_k": True}, "--top-k True: must be a whole number, not bool."),
+        ({"min_probability": True}, "--min-probability True: must be a number, not bool."),
+        ({"all_files": "no"}, "--all-files no: must be True or False, not 'no'."),
         ({"engine": "spark"}, "--engine spark: not known. Known: local, ray."),
     ],
 )

@@ -280,6 +280,32 @@ def test_images_that_are_gone_are_reported_and_not_in_the_manifest(
     assert list(content(tmp_path / "into")) == ["dog/1-8.jpg"]
 
 
+@pytest.mark.parametrize("link", [Link.HARD, Link.COPY])
+def test_what_was_sorted_before_its_original_went_stays(
+    link: Link, make: Callable[..., OpenJob], tmp_path: Path
+) -> None:
+    """The file in the folder is the image, so the same command goes on working."""
+    job = make(images=["0-9.jpg", "1-8.jpg"])
+    done = sort.sort(job, tmp_path / "into", link=link)
+    before = content(tmp_path / "into")
+    (tmp_path / "images" / "0-9.jpg").unlink()
+    for _ in range(2):
+        assert sort.sort(job, tmp_path / "into", link=link) == replace(done, made=0)
+        assert content(tmp_path / "into") == before
+        assert len(manifest(tmp_path / "into")) == 2
+
+
+def test_a_link_whose_original_went_is_removed(
+    make: Callable[..., OpenJob], tmp_path: Path
+) -> None:
+    job = make(images=["0-9.jpg", "1-8.jpg"])
+    sort.sort(job, tmp_path / "into", link=Link.SYMBOLIC)
+    (tmp_path / "images" / "0-9.jpg").unlink()
+    for _ in range(2):
+        assert sort.sort(job, tmp_path / "into", link=Link.SYMBOLIC).unreadable == 1
+        assert list(content(tmp_path / "into")) == ["dog/1-8.jpg"]
+
+
 def test_the_manifest_says_where_each_image_is_and_why(
     make: Callable[..., OpenJob], tmp_path: Path
 ) -> None:

@@ -20,8 +20,8 @@ from imagemill.pipeline.backends import depends_on_batch, devices, open_session
 from imagemill.pipeline.session_checks import check_exactness, check_model
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Limits, Precision, Summary
+from imagemill.runner import listing, thresholds
 from imagemill.runner import run as runner
-from imagemill.runner import thresholds
 from imagemill.runner.freeze import session_of
 from imagemill.runner.model import classes_kept, resolve_model, with_recipe
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting, check_settings, make_settings
@@ -116,7 +116,13 @@ def run(
     return runner.run(make_settings(given), observer.Terminal() if progress else None)
 
 
-def score(output: PathLike, truth: str, *, report: bool = True) -> Score:
+def score(
+    output: PathLike,
+    truth: str,
+    *,
+    report: bool = True,
+    moved: Mapping[str, str] | None = None,
+) -> Score:
     """Compare the rows of a job with true labels.
 
     Args:
@@ -124,6 +130,7 @@ def score(output: PathLike, truth: str, *, report: bool = True) -> Score:
         truth: where the true labels are, as `--truth` on the command line: `folders`,
             `regex:PATTERN`, `@FILE.csv#path,label`, `column:NAME` or `cls`.
         report: False does not write an existing `report.html` again.
+        moved: where sources were → where they are now; paths or URLs.
 
     Returns:
         The content of `score.json`, which is written, too. `notes` has messages about the truth,
@@ -141,7 +148,9 @@ def score(output: PathLike, truth: str, *, report: bool = True) -> Score:
     from imagemill.scoring import score as scoring
 
     job = OpenJob.open(output)
-    found = scoring.score(job, truth)
+    if moved:
+        job = listing.at_new_places(job, moved.items())
+    found = scoring.score(job, os.fspath(truth))
     reports.add_score(job, found, _log.info, rewrite=report)
     return found
 
@@ -198,11 +207,13 @@ def load(
         >>> with imagemill.load("efficientnet_lite0") as classifier:
         ...     classifier.predict("photo.jpg")[0].label
     """
-    given = locals() | {"sources": os.curdir, "output": ""}  # neither is used
+    given = locals() | {"sources": os.curdir, "output": os.curdir}  # neither is used
     settings = make_settings(given)
     check_settings(settings)
     check_setting("devices", device)
-    chosen = devices.resolve(device)
+    if limits is not None and not isinstance(limits, Limits):
+        raise UsageError(f"limits: must be imagemill.Limits, not {type(limits).__name__}.")
+    chosen = devices.resolve("cpu" if device is None else device)
     if len(chosen) != 1:
         raise UsageError(f"device {device} names {len(chosen)} devices; a classifier runs on one.")
     watcher = observer.Terminal() if progress else observer.Watcher()

@@ -76,6 +76,9 @@ def partition(
     """
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise UsageError(f"--partitions {partitions}: must be from 1 to {MAX_PARTITIONS}.")
+    for flag, value in (("--data-dir", data_dir), ("--output", output)):
+        if not os.fspath(value).strip():
+            raise UsageError(f"{flag} is empty. Give a folder.")
     source, target = Path(data_dir).absolute(), Path(output).absolute()
     if source.is_file():
         raise UsageError(f"--data-dir {data_dir} is a file. Give a folder.")

@@ -11,6 +11,7 @@ Rows are read in plan order, three times: to find names that several images have
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -251,7 +252,8 @@ class _Chosen:
         least = choice.min_probability
         if is_ok and least is not None and (probability is None or probability < least):
             return None, "less certain"
-        return self._folders.get(row[self._column]), f"without a {choice.by}"
+        article = "an" if choice.by[0] in "aeiou" else "a"
+        return self._folders.get(row[self._column]), f"without {article} {choice.by}"
 
 
 def _named(chosen: _Chosen, keys: NDArray[np.int64]) -> Iterator[_Image]:
@@ -384,7 +386,9 @@ def _make(job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker) -> d
                         finish(_FETCHING)
                 elif os.path.isfile(place):  # noqa: PTH113 - bytes
                     maker.make(place, target)
-                else:
+                elif not os.path.isfile(target):  # noqa: PTH113 - a hard link or copy is the image
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(target)  # noqa: PTH108 - a link to nowhere
                     fail(image, "missing: it was there when it was classified")
             finish(0)
         finally:

@@ -23,6 +23,7 @@ from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
 from imagemill.display import observer
 from imagemill.errors import DeviceMemoryError, Interrupted, SourceError, UsageError, counted
+from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, resolve, variants
 from imagemill.pipeline.backends import automatic, devices
@@ -58,6 +59,8 @@ def run(settings: BenchSettings, notify: Notify = lambda _: None) -> BenchReport
     if typed == automatic.CPU:
         typed = automatic.choose(None, settings.precision, notify)
     chosen = devices.resolve(typed)
+    if len({device.engine for device in chosen}) > 1:
+        raise UsageError(f"--devices {typed}: several backends. Measure each by itself.")
     if typed == automatic.CPU:
         typed = f"cpu:{len(chosen)}"  # so that the measured runs do not choose again
     settings = replace(settings, devices=typed)
@@ -81,6 +84,10 @@ def check(settings: BenchSettings) -> None:
         raise UsageError(
             f"--synthetic needs no images, but {settings.sources[0]} was given. Leave one of them"
             " out."
+        )
+    if settings.synthetic and (settings.limit or settings.num_workers):
+        raise UsageError(
+            "--limit and --num-workers are for images. Leave them out with --synthetic."
         )
     if not settings.synthetic and not settings.sources:
         raise UsageError(
@@ -228,19 +235,21 @@ def _with_sources(
     settings: BenchSettings, chosen: Sequence[DeviceSpec], folder: Path, notify: Notify
 ) -> BenchReport:
     notify("a short first run, to warm up and to find the length of an iteration")
-    first = _first_run(settings, folder, min(settings.limit or _MIN_IMAGES, _MIN_IMAGES), notify)
+    few = min(settings.limit or _MIN_IMAGES, _MIN_IMAGES)
+    first = _first_run(_run_settings(settings, chosen, folder / "first", few), notify)
     limit = settings.limit or max(
         _MIN_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
     )
     job = OpenJob.open(folder / "first").frozen.job
     spec, batch_sizes = _with_batch_size(job.session, settings, chosen, notify)
-    measured = replace(settings, batch_size=spec.batch_size)
+    precision = spec.precision.value  # one for all iterations, whatever `auto` may find meanwhile
+    measured = replace(settings, batch_size=spec.batch_size, precision=precision)
     computed, decoded, achieved = [], [], []
     with MeasuringPool(spec, chosen) as pool:
         orders = _compute_orders(settings, pool, chosen)
         for number in range(1, settings.iterations + 1):
             output = folder / str(number)
-            achieved.append(runner.run(_run_settings(measured, output, limit)))
+            achieved.append(runner.run(_run_settings(measured, chosen, output, limit)))
             decoded.append(pool.measure(_decode_orders(output, chosen)))
             computed.append(pool.measure(orders))
             rates = (
@@ -290,8 +299,8 @@ def _faster_precisions(chosen: Sequence[DeviceSpec]) -> list[Precision]:
     return [one for one in found if one in devices.precisions(chosen)]
 
 
-def _first_run(settings: BenchSettings, folder: Path, limit: int, notify: Notify) -> Summary:
-    first = runner.run(_run_settings(settings, folder / "first", limit), _Forwarder(notify))
+def _first_run(settings: Settings, notify: Notify) -> Summary:
+    first = runner.run(settings, _Forwarder(notify))
     if not first.ok:
         raise SourceError(
             f"none of the first {counted(first.images, 'image')} of"
@@ -300,7 +309,9 @@ def _first_run(settings: BenchSettings, folder: Path, limit: int, notify: Notify
     return first
 
 
-def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings:
+def _run_settings(
+    settings: BenchSettings, chosen: Sequence[DeviceSpec], output: Path, limit: int
+) -> Settings:
     same = ("sources", "model", "models_dir", "devices", "precision", "num_workers")
     in_flight = (
         min(settings.batches_per_step, _MAX_IN_FLIGHT) if settings.batches_per_step else None
@@ -311,6 +322,7 @@ def _run_settings(settings: BenchSettings, output: Path, limit: int) -> Settings
         output=str(output),
         batch_size=_batch_size(settings),
         limit=limit,
+        shard_size=plan.auto_shard_size(limit, len(chosen), least=1),
         batches_per_step=in_flight,
         preflight=False,
         report=False,

@@ -14,6 +14,7 @@ Command: TypeAlias = Callable[[str, Call, str], argparse.ArgumentParser]
 """Adds a command to the parser: its name, what it calls, and its help."""
 
 MODELS_DIR: Final = {"models_dir": SETTINGS["models_dir"]}
+MOVED: Final = {"moved": SETTINGS["moved"]}
 JOB: Final[Mapping[str, Any]] = {"metavar": "DIR", "help": "output folder or URL of a job"}
 """Of the argument `dir`."""
 JSON: Final[Mapping[str, Any]] = {"action": "store_true", "help": "print one JSON object"}

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import OpenJob
 
 
-def open_job(output: str) -> OpenJob:
-    """Return the job of an output folder or URL. Raises: OutputError."""
+def open_job(output: str, moved: Sequence[tuple[str, str]] | None = None) -> OpenJob:
+    """Return the job of an output folder or URL, with its sources where `--moved` says.
+
+    Raises:
+        OutputError: it is no job. UsageError: `--moved` makes no sense.
+    """
     from imagemill.job.open_job import OpenJob
 
-    return OpenJob.open(output)
+    opened = OpenJob.open(output)
+    if moved:
+        from imagemill.runner import listing
+
+        opened = listing.at_new_places(opened, moved)
+    return opened
 
 
 def print_result(result: str) -> None:

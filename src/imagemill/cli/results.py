@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from imagemill.cli.options import JOB, JSON, Command, probability
+from imagemill.cli.options import JOB, JSON, MOVED, Command, add_settings, probability
 from imagemill.cli.output import as_json, log, open_job, print_result
 from imagemill.errors import UsageError
 
@@ -51,6 +51,8 @@ def _export(parsed: argparse.Namespace) -> int:
     pieces = export.export(job, form, columns=columns, partial=parsed.partial, notify=log)
     if parsed.output:
         export.write(pieces, Path(parsed.output))
+    elif sys.stdout is None:
+        raise UsageError("standard output is closed. Give --output FILE.")
     else:
         sys.stdout.buffer.writelines(pieces)
     return 0
@@ -63,13 +65,14 @@ def _add_report(command: Command) -> None:
         "write the report again: results, speed, failures and sample images of a job",
     )
     sub.add_argument("dir", **JOB)
+    add_settings(sub, MOVED)
     sub.add_argument("--output", metavar="FILE", help="file of the page (default: DIR/report.html)")
 
 
 def _report(parsed: argparse.Namespace) -> int:
     from imagemill import report
 
-    job = open_job(parsed.dir)
+    job = open_job(parsed.dir, parsed.moved)
     report.write(job, parsed.output)
     print(parsed.output or job.paths.shown(job.paths.report))
     return 0
@@ -80,6 +83,7 @@ def _add_score(command: Command) -> None:
         "score", _score, "compare a job's rows with true labels: accuracy, confusions, calibration"
     )
     sub.add_argument("dir", **JOB)
+    add_settings(sub, MOVED)
     sub.add_argument(
         "--truth",
         required=True,
@@ -107,7 +111,7 @@ def _score(parsed: argparse.Namespace) -> int:
     from imagemill.display import score as display
     from imagemill.scoring import score
 
-    job = open_job(parsed.dir)
+    job = open_job(parsed.dir, parsed.moved)
     found = score.score(job, parsed.truth)
     for note in found.notes:
         log(note)
@@ -133,6 +137,7 @@ def _add_sort(command: Command) -> None:
         "put the images of a job into one folder per label, as links or copies",
     )
     sub.add_argument("dir", **JOB)
+    add_settings(sub, MOVED)
     sub.add_argument(
         "--into",
         required=True,
@@ -178,7 +183,12 @@ def _sort(parsed: argparse.Namespace) -> int:
     choice = sort.Choice(parsed.by, parsed.min_probability, parsed.failed)
     link = Link(parsed.link) if parsed.link else None
     done = sort.sort(
-        open_job(parsed.dir), Path(parsed.into), choice, link, dry_run=parsed.dry_run, log=log
+        open_job(parsed.dir, parsed.moved),
+        Path(parsed.into),
+        choice,
+        link,
+        dry_run=parsed.dry_run,
+        log=log,
     )
     print(as_json(done) if parsed.json else folders.format_sorted(done, dry_run=parsed.dry_run))
     return 1 if done.unreadable or done.missing else 0

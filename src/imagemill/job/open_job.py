@@ -18,7 +18,7 @@ from imagemill.job import documents, ledger, lock, plan
 from imagemill.job.documents import Appended, Frozen
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store, open_store
-from imagemill.records import Receipt, Shard
+from imagemill.records import Access, Receipt, Shard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -155,6 +155,11 @@ class OpenJob(Struct, frozen=True, dict=True):
     def rows(self, shard: Shard) -> list[plan.PlannedRow]:
         """Return the plan's rows of a shard."""
         return plan.read(self.paths.plan, shard)
+
+    def with_access(self, access: Access) -> OpenJob:
+        """Return the job with another way to read its sources."""
+        job = replace(self.first.job, access=access)
+        return replace(self, first=replace(self.first, job=job))
 
     def all_rows(self) -> Iterator[plan.PlannedRow]:
         """Yield the rows of the whole plan."""

@@ -59,11 +59,11 @@ class Listing(Struct, frozen=True):
     groups: int
 
 
-def auto_shard_size(images: int, devices: int) -> int:
+def auto_shard_size(images: int, devices: int, least: int = _MIN_SHARD_SIZE) -> int:
     """Return how many images a shard has: an eighth of a device's share, between 32 and 1,024.
     Above ten million images shards are larger.
     """
-    size = min(max(images // (8 * devices), _MIN_SHARD_SIZE), _MAX_SHARD_SIZE)
+    size = min(max(images // (8 * devices), least), _MAX_SHARD_SIZE)
     return max(size, -(-images // _MAX_SHARDS))
 
 

@@ -101,6 +101,7 @@ def render(
         frozen=frozen,
         summary=summary,
         figures=figures,
+        output=job.paths.output,
         scored=scored,
         score=scored.score,
         bins=BINS,

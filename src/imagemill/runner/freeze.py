@@ -107,7 +107,7 @@ def freeze(
             store.forget_plan(frozen.plan_nonce)
             raise
         # Otherwise it is our own job: only the answer to the first try was lost.
-    return OpenJob(store, replace(frozen, job=replace(job, access=access)))
+    return OpenJob(store, frozen).with_access(access)
 
 
 def with_batch_size(opened: OpenJob, size: int, chosen: Sequence[DeviceSpec]) -> OpenJob:

@@ -214,6 +214,13 @@ def access_of(settings: Settings) -> Access:
     return Access(sources.resolve_moved(settings.moved or ()), settings.user_agent)
 
 
+def at_new_places(opened: OpenJob, moved: Iterable[tuple[str, str]]) -> OpenJob:
+    """Return a job whose sources are read where `--moved` says. Raises: UsageError."""
+    access = Access(sources.resolve_moved(moved))
+    check_moved(opened.frozen.job.sources, access, opened.all_rows())
+    return opened.with_access(access)
+
+
 def check_moved(resolved: Sequence[str], access: Access, rows: Iterable[plan.PlannedRow]) -> None:
     """Raise UsageError unless each old place of `--moved` is the place of a source, or of an image
     that a list or table names. The rows of the plan are read until each place was found.

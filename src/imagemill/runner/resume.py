@@ -10,16 +10,17 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from imagemill.display.observer import Watcher
-from imagemill.errors import JobMismatchError, SourceError
+from imagemill.errors import JobMismatchError, ModelError, SourceError
 from imagemill.job.documents import Appended, Frozen, Generation
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
+from imagemill.models import bundle
 from imagemill.models.labels import read_labels
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of
 from imagemill.pipeline.decoding import DECODER
-from imagemill.records import DeviceSpec, Kept, Settings, Shard
+from imagemill.records import DeviceSpec, Kept, SessionSpec, Settings, Shard
 from imagemill.runner import thresholds
 from imagemill.runner.listing import access_of
 from imagemill.runner.model import describe_labels, identify, is_local, resolve_model, verify_model
@@ -191,8 +192,9 @@ def _compare(
     yield "precision", session.precision.value, asked_precision
     yield "devices", frozen.backend, backend_of(chosen, settings.allow_mixed)
     yield "batch_size", session.batch_size, settings.batch_size
-    preprocess = "center-crop" if recipe.resize is None else "card"
-    yield "preprocess", preprocess, settings.preprocess
+    if settings.preprocess is not None and not _is_never_resized(session):
+        preprocess = "center-crop" if recipe.resize is None else "card"
+        yield "preprocess", preprocess, settings.preprocess
     background = settings.background and parse_colour(settings.background)
     yield "background", recipe.background, background
     if settings.model is not None and not is_local(settings) and settings.model != card.name:
@@ -210,6 +212,16 @@ def _compare(
     yield "max_pixels", job.limits.max_pixels, settings.max_pixels
     yield "max_bytes", job.limits.max_bytes, settings.max_bytes
     yield "max_seconds", job.limits.max_seconds, settings.max_seconds
+
+
+def _is_never_resized(session: SessionSpec) -> bool:
+    """Return whether the model itself crops without resizing, so that `--preprocess` changes
+    nothing.
+    """
+    try:
+        return bundle.load(Path(session.model_file).parent).card.recipe.resize is None
+    except ModelError:  # the command ends with it
+        return False
 
 
 def _remedy(flag: str, was: object, asked: object) -> str:

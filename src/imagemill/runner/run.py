@@ -188,6 +188,8 @@ def _carry_out(
         return _report_finished(settings, opened, summary, watcher, found)
     store.remove(paths.summary)
     store.remove(paths.retired)
+    if settings.retry_failed is not None:
+        store.remove(paths.score)  # of rows that change
     resumed = sum(shard.count for shard in opened.shards if shard.number in done)
     if done:
         watcher.notify(f"resuming: {resumed:,} of {frozen.images:,} images are done")

@@ -124,7 +124,7 @@ def _find_problem_of_min_probability(value: object) -> str | None:
 
 def _count(most: int = MAX_COUNT) -> Callable[[Any], str | None]:
     def find_problem(value: object) -> str | None:
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             return f"must be a whole number, not {type(value).__name__}."
         if value < 1:
             return "must be at least 1."
@@ -135,6 +135,8 @@ def _count(most: int = MAX_COUNT) -> Callable[[Any], str | None]:
 
 def _between(bounds: str, is_inside: Callable[[Any], bool]) -> Callable[[Any], str | None]:
     def find_problem(value: object) -> str | None:
+        if isinstance(value, bool):
+            return "must be a number, not bool."
         try:
             return None if is_inside(value) else f"must be {bounds}."
         except TypeError:
@@ -459,7 +461,12 @@ def check_setting(name: str, value: Any) -> None:
         problem = None
         if is_text and not isinstance(item, str):
             problem = f"must be a str, not {type(item).__name__}."
-        if problem := problem or setting.kind.find_problem(item):
+        elif "action" in setting.options and not isinstance(item, bool):
+            problem = f"must be True or False, not {item!r}."
+        problem = problem or setting.kind.find_problem(item)
+        if is_text and not problem and not item.strip():
+            problem = "is empty. If it comes from a variable of the shell, that is not set."
+        if problem:
             shown = item if str(item).strip() and str(item).isprintable() else repr(item)
             raise UsageError(f"{setting.flag} {shown}: {problem}")
 
