@@ -1067,3 +1067,25 @@ def test_photographs_are_pillows(interpolation: Interpolation) -> None:
         assert np.abs(ok(data, recipe).astype(int) - reference).mean() < (1 if scaled else 0.5), (
             path.name
         )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "status"),
+    [
+        (Recipe(8, 8, resize=(8, 8)), Status.OK),
+        (Recipe(8, 8, resize=256), Status.UNSUPPORTED),
+        (Recipe(1, 8, resize=None), Status.OK),
+    ],
+)
+def test_a_very_long_image_is_read_or_unsupported(recipe: Recipe, status: Status) -> None:
+    """Beyond what float32 counts, Pillow resamples. Beyond 2³¹ pixels neither does."""
+    wide = Image.new("RGB", (2**24 + 8, 1), (200, 100, 50))
+    file = io.BytesIO()
+    wide.save(file, "PNG", compress_level=1)
+    decoded = decode(file.getvalue(), recipe, LIMITS)
+    assert decoded.status is status, decoded.error
+    if decoded.pixels is not None:
+        whole = wide.resize((8, 8), Image.Resampling.BILINEAR) if recipe.resize else wide
+        assert (decoded.pixels == np.asarray(whole)[: recipe.height, :8]).all()
+    else:
+        assert decoded.error == "it would be resized to 4,294,969,344 pixels"

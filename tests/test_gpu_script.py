@@ -7,6 +7,7 @@ is silent, and that the table says what it should.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -279,3 +280,15 @@ def test_jobs_on_torch_import_neither_openvino_nor_nncf(
     done = helpers.imagemill_cli("run", jpegs(3), *options, env=hooks)
     assert done.code == 0, done.err
     assert len(helpers.rows(tmp_path / "out")) == 3
+
+
+def test_what_the_script_breaks_on_a_card_has_its_name(script: Any) -> None:
+    """The rehearsal on a CPU breaks something else, so it would not notice."""
+    pytest.importorskip("torch", reason="needs torch")
+    from imagemill.pipeline.backends.torch import cuda
+
+    jobs = script("jobs")
+    names = re.findall(r"module\.(\w+)", jobs._ASSERT)
+    assert names and all(hasattr(cuda, name) for name in names)
+    owner, _, method = jobs._PLACES["cuda"]["method"].partition(".")
+    assert hasattr(getattr(cuda, owner), method)

@@ -386,10 +386,14 @@ def pad(draw: Draw, opset: int) -> Case:
 
 
 def resize(draw: Draw, opset: int) -> Case:
-    x = numbers(draw, (1, 2, draw(st.integers(2, 5)), draw(st.integers(2, 5))))
+    x = numbers(draw, (1, 2, draw(st.integers(2, 10)), draw(st.integers(2, 5))))
     mode = draw(st.sampled_from(["nearest", "linear", *(["cubic"] if opset >= 11 else [])]))
     scales = np.float32(
-        [1, 1, draw(st.sampled_from([0.5, 1, 2, 3])), draw(st.sampled_from([1, 1.5, 2]))]
+        [
+            *(1, 1),
+            draw(st.sampled_from([0.5, 1, 2, 3, 0.6, 0.7, 1.3])),
+            draw(st.sampled_from([1, 1.5, 2])),
+        ]
     )
     if opset < 11:
         return Case([x, scales], {"mode": mode})
@@ -804,6 +808,12 @@ def _pads_wrongly(case: Case) -> bool:
     return auto == "SAME_LOWER" or (auto == "SAME_UPPER" and skips)
 
 
+def _scales_of(case: Case) -> Any:
+    """Return the scales of a Resize; empty if it has sizes."""
+    scales = case.inputs[1] if len(case.inputs) == 2 else case.inputs[2]
+    return () if scales is None else scales
+
+
 REFERENCE_IS_WRONG: dict[str, Callable[[int, Case], bool]] = {
     # Before opset 13 all axes from this one on are one; it normalises along this one alone.
     **dict.fromkeys(["Softmax", "LogSoftmax"], lambda opset, _: opset < 13),
@@ -817,8 +827,10 @@ REFERENCE_IS_WRONG: dict[str, Callable[[int, Case], bool]] = {
     "GlobalMaxPool": lambda _, case: np.ndim(case.inputs[0]) != 4,
     **dict.fromkeys(["MaxPool", "AveragePool"], lambda _, case: _pads_wrongly(case)),
     # The resized length is a whole number; it computes with the fraction.
+    # It computes in float64, and the others in float32, in which 0.7 * 10 is 7.
     "Resize": lambda _, case: (
         case.attributes.get("coordinate_transformation_mode") == "align_corners"
+        or any(scale in np.float32([0.6, 0.7, 1.3]) for scale in _scales_of(case))
     ),
 }
 """Operator → whether `onnx.reference` contradicts the definition in a case."""
@@ -869,6 +881,76 @@ def test_an_operator_computes_what_its_definition_says(kind: str) -> None:
 
     check()
     assert compared >= 10
+
+
+NODE = helper.make_node
+RARE: dict[str, tuple[list[Any], dict[str, Any], Array, int]] = {
+    "every third number is a matter of rounding": (
+        [
+            NODE(
+                *("Resize", ["x", "", "s"], ["y"]),
+                mode="nearest",
+                coordinate_transformation_mode="asymmetric",
+                nearest_mode="floor",
+            )
+        ],
+        {"s": np.float32([1, 1, 1, 1 / 3])},
+        np.arange(30, dtype=np.float32).reshape(1, 1, 1, 30),
+        13,
+    ),
+    "a power of whole numbers": (
+        [
+            NODE("Cast", ["x"], ["i"], to=TensorProto.INT64),
+            NODE("Pow", ["i", "h"], ["p"]),
+            NODE("Cast", ["p"], ["y"], to=TensorProto.FLOAT),
+        ],
+        {"h": np.float32(0.5)},
+        np.float32([[1, 9, 16, 3]]),
+        13,
+    ),
+    "a bias that is wider than the product": (
+        [NODE("MatMul", ["x", "w"], ["m"]), NODE("Add", ["m", "b"], ["y"])],
+        {"w": np.ones((4, 1), np.float32), "b": np.arange(3, dtype=np.float32)},
+        np.ones((2, 4), np.float32),
+        17,
+    ),
+    "maps of one number": (
+        [NODE("InstanceNormalization", ["x", "s", "b"], ["y"])],
+        {"s": np.ones(3, np.float32), "b": np.arange(3, dtype=np.float32)},
+        np.ones((1, 3, 1, 1), np.float32),
+        17,
+    ),
+    "a slice that begins before the first number and goes back": (
+        [NODE("Slice", ["x", "s", "e", "a", "t"], ["y"])],
+        {name: np.int64([value]) for name, value in zip("seat", (-100, -200, 1, -1), strict=True)},
+        np.arange(8, dtype=np.float32).reshape(2, 4),
+        17,
+    ),
+    "no axes are all axes": (
+        [NODE("Squeeze", ["x", "a"], ["y"])],
+        {"a": np.int64([])},
+        np.ones((2, 1, 3, 1), np.float32),
+        17,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RARE)
+def test_rare_graphs_answer_as_in_onnx_runtime(name: str) -> None:
+    nodes, constants, x, opset = RARE[name]
+    graph = helper.make_graph(
+        nodes,
+        "rare",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+        [helper.make_empty_tensor_value_info("y")],
+        [numpy_helper.from_array(value, key) for key, value in constants.items()],
+    )
+    graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    imports = [helper.make_opsetid("", opset)]
+    model = helper.make_model(graph, opset_imports=imports, ir_version=8)
+    expected = by_runtime(model, x)
+    assert expected is not None
+    assert is_close(by_torch(model, x), expected)
 
 
 def by_hand(kind: str, inputs: list[Any], **attributes: Any) -> Any:

@@ -484,6 +484,25 @@ def overflowing(folder: Path) -> Bundle:
     return bundle.write(folder / "over", replace(TINY_CARD, name="over"), model)
 
 
+def test_a_card_that_fails_as_an_image_is_computed_again_is_lost(
+    models_dir: Path, standin: cuda_standin.Cuda
+) -> None:
+    """As at any other computation: its worker is started again."""
+    overflowing(models_dir)
+    session = make(bundle.load(models_dir / "over"), "cuda", precision=Precision.FP16)
+    given = batches(2)
+    for batch in given:
+        batch.pixels[:] = 110 + batch.pixels // 16
+    given[1].pixels[1] = 255
+
+    def broken(_: object) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    session._exact = broken
+    with pytest.raises(errors.DeviceLostError, match="illegal memory access"):
+        list(session.stream(given))
+
+
 def test_images_that_overflow_fp16_are_computed_in_fp32(tmp_path: Path, models_dir: Path) -> None:
     """They alone, and they are counted: the answers are those of fp32, whatever the neighbours
     are.

@@ -205,7 +205,7 @@ if WORKER:
 """
 """Breaks the device at a batch, once."""
 _ASSERT = (
-    "with module._lost_if_it_fails(): import torch;"
+    "with module.lost_if_it_fails(): import torch;"
     " torch.zeros(1, device='cuda')[torch.tensor([9], device='cuda')]"
 )
 """An index that does not exist: the card's own assertion, after which no call of CUDA succeeds."""

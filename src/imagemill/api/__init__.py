@@ -191,7 +191,8 @@ def load(
         num_workers: decoding threads; default: one per core.
         background: blend transparent images onto this colour (`white`, `#rrggbb`, …); default: drop
             alpha, as published pipelines do.
-        limits: limits of one image. `max_seconds` is ignored: a thread cannot be stopped.
+        limits: limits of one image. `max_seconds` is ignored: a thread cannot be stopped. Pillow's
+            own limit holds, too: `PIL.Image.MAX_IMAGE_PIXELS` is a setting of your process.
         allow_inexact: accept a device whose results depend on an image's place in a batch. All
             devices are checked but CPUs with OpenVINO or ONNX Runtime.
         progress: show downloads and messages on stderr.

@@ -48,8 +48,8 @@ BACKENDS: dict[str, Backend] = {
     ),
     "onnxruntime": Backend(
         "onnxruntime:OnnxRuntimeSession",
-        dict.fromkeys(("cpu", "cuda", "rocm", "coreml", "directml"), (_FP32,)),
-        libraries=("onnxruntime", "onnxruntime-gpu", *_NVIDIA),
+        dict.fromkeys(("cpu", "cuda", "rocm", "coreml"), (_FP32,)),
+        libraries=("onnxruntime", "onnxruntime-gpu", "onnxruntime-migraphx", *_NVIDIA),
     ),
     "popart": Backend("popart.session:PopartSession", {"ipu": (_FP32, _FP16)}),
     "null": Backend("null:NullSession", {"null": (_FP32, _BF16)}, ("null",)),

@@ -40,7 +40,6 @@ WHAT = {
     "ipu": "Graphcore IPUs",
     "rocm": "AMD GPUs",
     "coreml": "Apple Neural Engine and GPU",
-    "directml": "GPUs by DirectX 12",
 }
 """For people, in the order of display."""
 

@@ -10,7 +10,7 @@ from imagemill.pipeline.backends import BACKENDS, automatic, devices
 from imagemill.records import Precision
 from imagemill.system import cpu
 
-_ONLY_ON = {"coreml": "darwin", "directml": "win32", "rocm": "linux"}
+_ONLY_ON = {"coreml": "darwin", "rocm": "linux"}
 
 
 def offers() -> list[dict[str, Any]]:

@@ -106,7 +106,6 @@ PROVIDERS: dict[str, Provider] = {
     "coreml": Provider(
         "CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _spec, _device: {}
     ),
-    "directml": Provider("DmlExecutionProvider", _PIP + "onnxruntime-directml"),
 }
 """Kind of device → provider. A further one is a line here, and its kind in `backends.BACKENDS`."""
 

@@ -22,7 +22,8 @@ import numpy as np
 from msgspec import Struct
 from PIL import Image
 
-from imagemill.records import Centre, Interpolation
+from imagemill.pipeline.decoding.refusals import Refusal
+from imagemill.records import Centre, Interpolation, Status
 
 try:
     from imagemill.pipeline.decoding._resample import resample_part
@@ -231,6 +232,10 @@ def turned_region(
     return box
 
 
+_MAX_RESIZED = 2**31 - 1
+"""Pixels of one side, of Pillow's and our resampling."""
+_MAX_NATIVE = 2**24
+"""Pixels of one side, of our resampling: float32 counts no further."""
 NATIVE = resample_part is not None
 """Whether the vectorised resampler was built."""
 
@@ -289,7 +294,9 @@ def _resample_whole(
     elif recipe.interpolation is Interpolation.NEAREST:
         rows, columns = _nearest(crop.y) - top, _nearest(crop.x) - left
         out[:] = np.asarray(image)[np.ix_(rows, columns)]
-    elif NATIVE:
+    elif (longest := max(crop.x.resized, crop.y.resized)) > _MAX_RESIZED:
+        raise Refusal(Status.UNSUPPORTED, f"it would be resized to {longest:,} pixels")
+    elif NATIVE and max(crop.x.length, crop.y.length) < _MAX_NATIVE:
         _resample_native(np.asarray(image), crop, recipe, out, left, top, scale)
     else:
         image = Image.fromarray(image) if isinstance(image, np.ndarray) else image

@@ -309,7 +309,8 @@ def _linear(program: Program) -> None:
             if maker is None or not program.is_constant(constant) or len(maker.inputs) > 2:
                 continue
             bias, width = program.values[constant or ""], program.shape(step.outputs[0])[-1]
-            if bias.dim() == 1 and len(bias) == width and program.users[product or ""] == 1:
+            is_bias = bias.dim() == 1 and len(bias) == width == program.shape(product or "")[-1]
+            if is_bias and program.users[product or ""] == 1:
                 step.kind, step.call = "Linear", F.linear
                 step.inputs = (*maker.inputs, constant)
                 break

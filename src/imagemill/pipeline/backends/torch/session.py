@@ -178,7 +178,9 @@ class TorchSession(QueuedSession):
         import torch
 
         assert self._exact is not None
-        with torch.inference_mode():
+        from imagemill.pipeline.backends.torch.cuda import lost_if_it_fails
+
+        with torch.inference_mode(), lost_if_it_fails():
             pixels = torch.from_numpy(image[np.newaxis].copy()).to(self._place)
             return [values.cpu().numpy()[0] for values in self._exact(pixels)]
 

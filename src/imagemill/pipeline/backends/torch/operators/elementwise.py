@@ -87,7 +87,7 @@ def _pow(node: Node) -> Call:
     floating = node.values[0].is_floating_point()
 
     def power(x: Tensor, y: Tensor) -> Tensor:
-        return torch.pow(x, y if floating else y.to(x.dtype))
+        return torch.pow(x, y).to(x.dtype)
 
     if floating and node.values[1].numel() == 1 and not node.values[1].is_meta:
         shape = torch.broadcast_shapes(node.shape(0), node.shape(1))

@@ -147,7 +147,8 @@ def _batch_norm(node: Node) -> Call:
 def _instance_norm(node: Node) -> Call:
     epsilon = node.attribute("epsilon", 1e-5)
     node.ignore("consumed_inputs")
-    return lambda x, scale, bias: F.instance_norm(x, None, None, scale, bias, eps=epsilon)
+    # `F.instance_norm` refuses maps of one number.
+    return lambda x, scale, bias: torch.group_norm(x, x.shape[1], scale, bias, epsilon)
 
 
 @operator("GroupNormalization")
@@ -159,7 +160,7 @@ def _group_norm(node: Node) -> Call:
     def normalise(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         if node.opset < 21:  # one number per group
             scale, bias = (values.repeat_interleave(channels // groups) for values in (scale, bias))
-        return F.group_norm(x, groups, scale, bias, epsilon)
+        return torch.group_norm(x, groups, scale, bias, epsilon)
 
     return normalise
 

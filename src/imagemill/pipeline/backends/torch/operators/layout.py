@@ -117,7 +117,7 @@ def _squeeze(node: Node) -> Call:
     shape = node.shape()
     gone = (
         {place for place, size in enumerate(shape) if size == 1}
-        if axes is None
+        if not axes
         else {axis % len(shape) for axis in axes}
     )
     node.require(all(shape[axis] == 1 for axis in gone), "of an axis longer than 1")
@@ -167,7 +167,8 @@ def _slice(node: Node) -> Call:
     for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
         axis = (axes[place] if axes else place) % len(shape)
         step = steps[place] if steps else 1
-        chosen = range(*slice(start, _open_end(end, step, shape[axis]), step).indices(shape[axis]))
+        first = max(start, -shape[axis]) if step < 0 else start  # unlike in Python
+        chosen = range(*slice(first, _open_end(end, step, shape[axis]), step).indices(shape[axis]))
         if step > 0:
             cuts[axis] = slice(chosen.start, max(chosen.start, chosen.stop), step)
         else:  # PyTorch slices forwards only: the same numbers, then turned around
@@ -434,7 +435,7 @@ def _scales_and_sizes(node: Node) -> tuple[list[float], list[int]]:
     for place, axis in enumerate(axes):
         if given is not None and given.size:
             scales[axis] = float(given[place])
-            sizes[axis] = math.floor(shape[axis] * scales[axis])
+            sizes[axis] = int(np.float32(shape[axis]) * np.float32(given[place]))
         else:
             assert wanted is not None
             sizes[axis] = int(wanted[place])
@@ -443,12 +444,14 @@ def _scales_and_sizes(node: Node) -> tuple[list[float], list[int]]:
 
 
 def _positions(length: int, goal: int, scale: float, transform: str) -> np.ndarray:
-    """Return where in the original each number of the result lies."""
-    place = np.arange(goal, dtype=np.float64)
+    """Return where in the original each number of the result lies, in the float32 of ONNX Runtime
+    and OpenVINO: with a scale of 1/3, rounding decides which number is the nearest.
+    """
+    place, one = np.arange(goal, dtype=np.float32), np.float32(1)
     if transform == "asymmetric":
-        return place / scale
+        return place / np.float32(scale)
     if transform == "align_corners":
-        return place * (length - 1) / (goal - 1) if goal != 1 else place * 0
+        return place * np.float32(length - 1) / np.float32(goal - 1) if goal != 1 else place * 0
     if transform == "pytorch_half_pixel" and goal == 1:
         return place * 0
-    return (place + 0.5) / scale - 0.5
+    return (place + one / 2) / np.float32(scale) - one / 2
