@@ -96,10 +96,9 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
             pixels = _blend(image, part.stored, recipe.background, file)
         else:
             pixels = _to_rgb(image, part.stored)
-        if orientation in preprocess.TURNS:
-            pixels = pixels.transpose(preprocess.TURNS[orientation])
+        turned = preprocess.turn(np.asarray(pixels), orientation)
         left, top, *_ = part.displayed
-        preprocess.resample(pixels, part.crop, recipe, out, left=left, top=top)
+        preprocess.resample(turned, part.crop, recipe, out, left=left, top=top)
     finally:
         image.close()
 

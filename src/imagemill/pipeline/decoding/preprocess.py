@@ -62,6 +62,9 @@ TURNS = {
 nothing.
 """
 
+_MIRRORED, _UPSIDE_DOWN = frozenset({2, 3, 6, 7}), frozenset({3, 4, 7, 8})
+"""EXIF orientations by what is done to the displayed axes; from 5 on they are swapped as well."""
+
 
 class Span(Struct, frozen=True):
     """One axis of the crop."""
@@ -214,22 +217,11 @@ def turned_region(
 ) -> tuple[int, int, int, int]:
     """Translate a box of the displayed image, of this displayed size, into the stored one."""
     left, top, right, bottom = box
-    match orientation:
-        case 2:
-            return width - right, top, width - left, bottom
-        case 3:
-            return width - right, height - bottom, width - left, height - top
-        case 4:
-            return left, height - bottom, right, height - top
-        case 5:
-            return top, left, bottom, right
-        case 6:
-            return top, width - right, bottom, width - left
-        case 7:
-            return height - bottom, width - right, height - top, width - left
-        case 8:
-            return height - bottom, left, height - top, right
-    return box
+    if orientation in _MIRRORED:
+        left, right = width - right, width - left
+    if orientation in _UPSIDE_DOWN:
+        top, bottom = height - bottom, height - top
+    return (top, left, bottom, right) if orientation >= 5 else (left, top, right, bottom)
 
 
 _MAX_RESIZED = 2**31 - 1
@@ -241,7 +233,7 @@ NATIVE = resample_part is not None
 
 
 def resample(
-    image: Image.Image | NDArray[np.uint8],
+    pixels: NDArray[np.uint8],
     crop: Crop,
     recipe: Recipe,
     out: NDArray[np.uint8],
@@ -253,22 +245,31 @@ def resample(
     """Resample the crop of a displayed image into `out`.
 
     Args:
-        image: RGB, as Pillow's or uint8 (H, W, 3); the displayed image, or a part of it.
+        pixels: RGB, uint8 (H, W, 3): the displayed image, or a part of it.
         crop: as `locate` found it for the whole image at full size.
         out: uint8 (height, width, 3); written in full, the border included.
-        left, top: where in the whole image the image begins, pixels of the image.
+        left, top: where in the whole image the pixels begin, pixels of the image.
         scale: by how much the image was scaled down when it was decoded.
+
+    Raises:
+        Refusal: the whole image would be longer than Pillow's largest one.
     """
-    shape = (crop.x.count, crop.y.count)
-    if shape != (recipe.width, recipe.height):
-        # The border is drawn, and what it surrounds is resampled as if it were the whole input.
-        out[:] = _rgb(recipe.fill)
-        inner = np.empty((crop.y.count, crop.x.count, 3), np.uint8)
-        _resample_whole(image, crop, recipe, inner, left, top, scale)
-        rows = slice(crop.y.first, crop.y.first + crop.y.count)
-        out[rows, crop.x.first : crop.x.first + crop.x.count] = inner
-        return
-    _resample_whole(image, crop, recipe, out, left, top, scale)
+    x, y = crop.x, crop.y
+    if (x.count, y.count) != (recipe.width, recipe.height):
+        out[:] = _rgb(recipe.fill)  # the border
+        out = out[y.first : y.first + y.count, x.first : x.first + x.count]
+    if recipe.resize is None:
+        column, row = x.skipped - left, y.skipped - top
+        out[:] = pixels[row : row + y.count, column : column + x.count]
+    elif recipe.interpolation is Interpolation.NEAREST:
+        out[:] = pixels[np.ix_(_nearest(y) - top, _nearest(x) - left)]
+    elif (longest := max(x.resized, y.resized)) > _MAX_RESIZED:
+        raise Refusal(Status.UNSUPPORTED, f"it would be resized to {longest:,} pixels")
+    elif NATIVE and max(x.length, y.length) < _MAX_NATIVE:
+        _resample_native(pixels, crop, recipe, out, left, top, scale)
+    else:
+        image = Image.fromarray(pixels)
+        out[:] = np.asarray(_resize(image, crop, recipe, _box(crop, *image.size, left, top, scale)))
 
 
 @functools.cache
@@ -276,31 +277,6 @@ def _rgb(colour: str) -> tuple[int, int, int]:
     """Return the three bytes of `#rrggbb`."""
     red, green, blue = bytes.fromhex(colour.removeprefix("#"))
     return red, green, blue
-
-
-def _resample_whole(
-    image: Image.Image | NDArray[np.uint8],
-    crop: Crop,
-    recipe: Recipe,
-    out: NDArray[np.uint8],
-    left: int,
-    top: int,
-    scale: int,
-) -> None:
-    """Resample the crop into all of `out`, which has no border."""
-    if recipe.resize is None:
-        x, y = crop.x.skipped - left, crop.y.skipped - top
-        out[:] = np.asarray(image)[y : y + crop.y.count, x : x + crop.x.count]
-    elif recipe.interpolation is Interpolation.NEAREST:
-        rows, columns = _nearest(crop.y) - top, _nearest(crop.x) - left
-        out[:] = np.asarray(image)[np.ix_(rows, columns)]
-    elif (longest := max(crop.x.resized, crop.y.resized)) > _MAX_RESIZED:
-        raise Refusal(Status.UNSUPPORTED, f"it would be resized to {longest:,} pixels")
-    elif NATIVE and max(crop.x.length, crop.y.length) < _MAX_NATIVE:
-        _resample_native(np.asarray(image), crop, recipe, out, left, top, scale)
-    else:
-        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-        out[:] = np.asarray(_resize(image, crop, recipe, _box(crop, *image.size, left, top, scale)))
 
 
 def _resize(
@@ -384,8 +360,8 @@ def turn(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Turn a stored image, uint8 (H, W, 3), into the displayed one as `TURNS` does; a view."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
-    if orientation in {2, 3, 6, 7}:
+    if orientation in _MIRRORED:
         pixels = pixels[:, ::-1]
-    if orientation in {3, 4, 7, 8}:
+    if orientation in _UPSIDE_DOWN:
         pixels = pixels[::-1]
     return pixels
