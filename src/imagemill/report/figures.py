@@ -14,7 +14,6 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import printable
-from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
 from imagemill.records import Status
 
@@ -147,8 +146,6 @@ def shuffled(indices: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
 
 def gather(job: OpenJob) -> Figures:
     """Return the figures of a job's finished parts. Raises: PartError if a part is damaged."""
-    done = job.committed()
-    shards = [shard for shard in job.shards if shard.number in done]
     labels, seed = job.frozen.job.session.card.labels, int(job.frozen.job.plan_id, 16)
     images = 0
     statuses: Counter[str] = Counter()
@@ -161,11 +158,7 @@ def gather(job: OpenJob) -> Figures:
     )
     failed: dict[str, _Smallest] = {}
     metadata: Mapping[bytes, bytes] = {}
-    for shard, table in zip(
-        shards,
-        ledger.tables(job.store, [shard.number for shard in shards], _COUNT_COLUMNS),
-        strict=True,
-    ):
+    for shard, table in job.tables(job.committed_shards(), _COUNT_COLUMNS):
         metadata = metadata or table.schema.metadata or {}
         images += table.num_rows
         here = {
@@ -252,9 +245,8 @@ def read_rows(job: OpenJob, indices: Iterable[int]) -> dict[int, ImageRow]:
     found = {}
     kept = [kept.name for kept in job.frozen.job.keep]
     columns = (*_ROW_COLUMNS, *kept)
-    tables = ledger.tables(job.store, [shards[position].number for position in by_shard], columns)
-    for (position, wanted), table in zip(by_shard.items(), tables, strict=True):
-        shard = shards[position]
+    tables = job.tables([shards[position] for position in by_shard], columns)
+    for wanted, (shard, table) in zip(by_shard.values(), tables, strict=True):
         for row in table.take([index - shard.first for index in wanted]).to_pylist():
             top_k = tuple(
                 (answer["label"], answer["probability"]) for answer in row.pop("top_k") or ()

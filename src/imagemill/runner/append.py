@@ -165,10 +165,7 @@ def _freeze(
         vector_units=freeze.vector_units_of(settings, chosen),
         fixed=fixed,
         plan_nonce=nonce,
-        skipped_by_suffix=dict(sorted(found.skipped.by_suffix.items())),
-        skipped_hidden=found.skipped.hidden,
-        skipped_by_filter=found.skipped.by_filter,
-        skipped_broken_links=found.skipped.broken_links,
+        **found.skipped.counts(),
     )
     try:
         store.write(paths.appended_document(number), serialization.encode(appended), create=True)

@@ -84,11 +84,8 @@ def dry_run(settings: Settings) -> DryRun:
     return DryRun(
         images=listed.images,
         shard_size=shard_size,
-        skipped_by_suffix=dict(sorted(skipped.by_suffix.items())),
-        skipped_hidden=skipped.hidden,
-        skipped_by_filter=skipped.by_filter,
+        **skipped.counts(),
         first=tuple(first),
-        skipped_broken_links=skipped.broken_links,
         notes=tuple(notes),
     )
 
@@ -101,11 +98,8 @@ def _dry_append(settings: Settings, opened: OpenJob, chosen: Sequence[DeviceSpec
     return DryRun(
         images=images,
         shard_size=settings.shard_size or plan.auto_shard_size(images, len(chosen)),
-        skipped_by_suffix=dict(sorted(found.skipped.by_suffix.items())),
-        skipped_hidden=found.skipped.hidden,
-        skipped_by_filter=found.skipped.by_filter,
+        **found.skipped.counts(),
         first=found.difference.new.names,
-        skipped_broken_links=found.skipped.broken_links,
         notes=(*found.notes, *append.describe(found, settings)),
         append=True,
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from imagemill.errors import counted
 from imagemill.models.variants import TOO_FEW, Comparison, Flip, TrueAccuracy
 from imagemill.pipeline.top_k import most_probable, to_probabilities
-from imagemill.records import Card, Precision, Scores
+from imagemill.records import Precision, Scores
 from imagemill.system.statistics import wilson
 
 MIN_IMAGES: Final = 1_000
@@ -40,13 +40,6 @@ _NOT_EXCLUSIVE: Final = 0.05
 """Probabilities whose sum is further from 1 than this are not those of exclusive classes. Quantised
 softmaxes are within it.
 """
-
-
-def is_defined(card: Card) -> bool:
-    """Return whether there is anything to compare: a network without a head has no answers. How
-    far an embedding may move depends on what it is used for.
-    """
-    return card.has_head
 
 
 def _is_multi_label(probabilities: NDArray[np.float32], scores: Scores) -> bool:

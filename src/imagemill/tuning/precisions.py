@@ -107,7 +107,7 @@ def prepare(
     can_be_checked = is_auto if gpus else are_checked(chosen)
     if not can_be_checked or setting in (Precision.FP32, Precision.FP16):
         return plain
-    if not accuracy.is_defined(bundle.card):
+    if not bundle.card.has_head:
         line = f"precision {asked}: {_not_defined(bundle.card)}"
         notify(line)
         return replace(plain, lines=(line,))
@@ -146,7 +146,7 @@ def _chosen(
 
 def refuse_int8(card: Card) -> None:
     """Raise UsageError if nothing can show whether int8 keeps fp32's answers."""
-    if not accuracy.is_defined(card):
+    if not card.has_head:  # how far an embedding may move depends on its use
         raise UsageError(f"int8 is not possible: {_not_defined(card)}. Use fp32.")
 
 

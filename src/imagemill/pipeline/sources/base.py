@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct, field
 
@@ -52,6 +52,15 @@ class Skipped(Struct):
         """Count a file that is no image."""
         known = suffix in self.by_suffix or len(self.by_suffix) < MOST_SUFFIXES
         self.by_suffix[suffix if known else OTHER_SUFFIXES] += 1
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counts by the names that `job.json` and the summary give them."""
+        return {
+            "skipped_by_suffix": dict(sorted(self.by_suffix.items())),
+            "skipped_hidden": self.hidden,
+            "skipped_by_filter": self.by_filter,
+            "skipped_broken_links": self.broken_links,
+        }
 
     def add_broken_link(self, path: str) -> None:
         """Count a link that leads nowhere."""
