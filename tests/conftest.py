@@ -69,6 +69,14 @@ PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
 
 
 @pytest.fixture(autouse=True)
+def _children_can_be_forked() -> Iterator[None]:
+    """No test leaves an environment behind in which real processes would be started instead."""
+    before = forked.of_start(os.environ)
+    yield
+    assert forked.of_start(os.environ) == before
+
+
+@pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, models_dir: Path) -> None:
     """No test reads or fills the user's own models folder."""
     monkeypatch.setenv("IMAGEMILL_MODELS", str(models_dir))

@@ -9,6 +9,7 @@ HOSTILE["png-bomb"]()                   (bytes, the status that must come of the
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import zlib
@@ -48,6 +49,7 @@ def exif(orientation: int) -> bytes:
     return block.tobytes()
 
 
+@functools.lru_cache(4_096)
 def jpeg(
     width: int = 64,
     height: int = 48,

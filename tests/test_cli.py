@@ -553,3 +553,25 @@ def test_neither_launcher_nor_worker_imports_pandas(
         }
         assert "pyarrow" in imported
         assert "pandas.core" not in imported
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sort", "out", "--into", ""),
+        ("run", "", "--output", "out"),
+        ("run", "photos", "--output= "),
+        ("quantize", "tiny", "--images", ""),
+        ("models", "--models-dir", ""),
+        ("partition", "--data-dir", "", "--partitions", "2", "--output", "out"),
+    ],
+)
+def test_a_blank_argument_is_refused(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It comes from a variable that is not set, and would mean the current folder."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    assert ended.value.code == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "is empty. If it comes from a variable of the shell, that is not set." in error

@@ -243,7 +243,7 @@ def test_without_pytorch_one_line_says_what_to_install(
     monkeypatch.setattr(metadata, "version", version)
     message = refused(GOLDEN / "transformers", tmp_path, UsageError)
     assert message.endswith(
-        "has no ONNX file, and imagemill does not build ViTForImageClassification itself: exporting"
+        "has no model.onnx, and imagemill does not build ViTForImageClassification itself: exporting"
         " it takes PyTorch and transformers, and torch is not installed. Type: pip install"
         " 'imagemill[export]'"
     )
@@ -298,7 +298,7 @@ def test_a_configuration_that_makes_no_sense_is_one_line(
         ({INDEX: b"{}"}, "names no files"),
         ({INDEX: b'{"weight_map": {"a": "a.safetensors"}}'}, "weight_map: there is no a.safetensors"),
         ({"pytorch_model.bin": b""}, "pytorch_model.bin is not read here, since a pickle may run"),
-        ({}, "neither an ONNX file nor model.safetensors"),
+        ({}, "neither model.onnx nor model.safetensors"),
     ],
 )  # fmt: skip
 def test_files_that_make_no_sense_are_one_line(

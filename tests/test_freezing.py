@@ -274,7 +274,22 @@ def test_each_setting_that_decides_something_is_compared_on_resume(
 @pytest.mark.parametrize(
     ("folder", "origin", "remedy"),
     [
-        ("tiny", {"source": "url"}, "`imagemill get-model tiny`"),
+        (
+            "tiny",
+            {"source": "url", "published": "tiny"},
+            "`imagemill get-model tiny --models-dir HERE`",
+        ),
+        (
+            "tiny",
+            {"source": "file", "file": "/nets/my best.pth", "published": None},
+            "`imagemill get-model tiny --from '/nets/my best.pth' --models-dir HERE`, with the same"
+            " values",
+        ),
+        (
+            "tiny",
+            {"source": "random", "seed": 3},
+            "`imagemill get-model tiny --random-weights 3 --models-dir HERE`",
+        ),
         (
             "net-0123456789ab",
             {"source": "onnx", "file": "/nets/my net.onnx"},
@@ -288,7 +303,7 @@ def test_each_setting_that_decides_something_is_compared_on_resume(
         (
             "vit",
             {"source": "hub", "repository": "owner/vit", "commit": "0f0f"},
-            "`imagemill get-model tiny --from hf:owner/vit@0f0f`",
+            "`imagemill get-model tiny --from hf:owner/vit@0f0f --models-dir HERE`",
         ),
     ],
 )
@@ -297,7 +312,7 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
     jpegs: Callable[..., Path],
     tmp_path: Path,
     folder: str,
-    origin: dict[str, str],
+    origin: dict[str, Any],
     remedy: str,
 ) -> None:
     """Of a resumed job, before a worker is started."""
@@ -316,7 +331,7 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
         model.verify_model(replace(frozen, job=gone))
     assert str(caught.value) == (
         f"the job's model {tmp_path}/{folder}/model.onnx is missing. Bring it back:"
-        f" {remedy.replace('FOLDER', f'{tmp_path}/{folder}')}."
+        f" {remedy.replace('FOLDER', f'{tmp_path}/{folder}').replace('HERE', str(tmp_path))}."
     )
 
 

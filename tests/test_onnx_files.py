@@ -732,3 +732,11 @@ def test_read_labels_takes_what_exporters_write() -> None:
     assert metadata.read_labels("f", "k", '["\\u00e4"]') == ("ä",)
     assert metadata.read_labels("f", "k", "['a', 'b',]") == ("a", "b")
     assert metadata.read_labels("f", "k", "a, b") is None
+
+
+def test_operators_may_be_of_the_domain_by_its_full_name(tmp_path: Path) -> None:
+    """`ai.onnx` is the empty domain. A Gemm needs no bias from opset 11 on."""
+    model = small(opset=[helper.make_opsetid("ai.onnx", 13)])
+    model.graph.node[2].op_type = "Gemm"
+    file = saved(model, tmp_path)
+    wrap.wrap(file, complete(file))

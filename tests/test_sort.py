@@ -295,6 +295,29 @@ def test_what_was_sorted_before_its_original_went_stays(
         assert len(manifest(tmp_path / "into")) == 2
 
 
+@pytest.mark.parametrize("link", list(Link))
+def test_a_file_is_not_taken_for_another_image_whose_original_went(
+    link: Link, models_dir: Path, tmp_path: Path
+) -> None:
+    """Names move between images of one name if fewer are chosen."""
+    helpers.fill(tmp_path / "images", {"a/1.jpg": b"a", "b/1.jpg": b"b"})
+    settings = made_jobs.settings_of(
+        tmp_path / "images", output=tmp_path / "out", models_dir=models_dir
+    )
+    job = made_jobs.made_job(
+        settings,
+        made_jobs.tiny(models_dir),
+        lambda path: (0, 0.5 if path.startswith(b"a") else 0.9),
+        LABELS,
+    )
+    assert sort.sort(job, tmp_path / "into", link=link).unreadable == 0
+    assert content(tmp_path / "into") == {"cat~0/1.jpg": "a", "cat~0/1~1.jpg": "b"}
+    (tmp_path / "images" / "b" / "1.jpg").unlink()
+    again = sort.sort(job, tmp_path / "into", Choice(min_probability=0.8), link=link)
+    assert (again.images, again.unreadable) == (0, 1)
+    assert (manifest(tmp_path / "into"), content(tmp_path / "into")) == ([], {})
+
+
 def test_a_link_whose_original_went_is_removed(
     make: Callable[..., OpenJob], tmp_path: Path
 ) -> None:

@@ -141,6 +141,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("NETRC", "/nowhere")
     for cached in (http._client, netrc_passwords):
         cached.cache_clear()
+    gc.freeze()  # or the collection at the end looks at everything that all tests have made
     serving = Server()
     serving.files["a.jpg"] = BODY
     yield serving
@@ -148,6 +149,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for cached in (http._client, netrc_passwords):
         cached.cache_clear()
     gc.collect()
+    gc.unfreeze()
 
 
 def bad(url: str, max_bytes: int = 100_000, policy: RetryPolicy = HASTY) -> BadImage:
@@ -339,7 +341,7 @@ def test_redirects_are_followed_a_few(server: Server) -> None:
         ("Transfer-Encoding", "chunked", b"zz\r\nabc\r\n0\r\n\r\n"),
     ],
 )
-def test_an_answer_that_makes_no_sense_is_a_row(
+def test_an_answer_that_makes_no_sense_ends_no_job(
     header: str, value: str, body: bytes, server: Server
 ) -> None:
     """Whatever a server says, no other exception leaves a fetch."""
@@ -352,10 +354,10 @@ def test_an_answer_that_makes_no_sense_is_a_row(
         handler.close_connection = True
 
     server.rule = rule
-    try:
-        http.fetch(f"{server.url}/a.jpg", 100_000, HASTY)
-    except BadImage as found:
-        assert found.status in (Status.READ_ERROR, Status.TRUNCATED)
+    if header == "Content-Length":  # as if there were none
+        assert http.fetch(f"{server.url}/a.jpg", 100_000, HASTY) == body
+    else:
+        assert bad(f"{server.url}/a.jpg").status is Status.READ_ERROR
 
 
 def test_threads_share_one_client(server: Server) -> None:

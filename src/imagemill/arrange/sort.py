@@ -131,7 +131,8 @@ def sort(
     chosen = _Chosen(job, choice)
     if not chosen.rows:
         raise OutputError(f"{job.shortfall(0)}, then sort again.")
-    before = _hashes(_files_before(into))
+    before = _hashes(row["file"] or "" for row in _rows_before(into))
+    same = _hashes(map(_identity, _rows_before(into)))
     keys = _hashes(image.file for image in chosen.images())
     counts: Counter[str] = Counter()
     for image in _named(chosen, keys):
@@ -157,7 +158,7 @@ def sort(
     removed = _remove_stale(into, _named(chosen, keys))
     _write_manifest(into, _named(chosen, keys))
     maker = Maker(link, log, _TEMPORARY)
-    unreadable = _make(job, into, _named(chosen, keys), maker)
+    unreadable = _make(job, into, _named(chosen, keys), maker, same)
     if unreadable:
         kept = (image for image in _named(chosen, keys) if image.planned.index not in unreadable)
         _write_manifest(into, kept)
@@ -293,8 +294,13 @@ def _among(file: str, hashes: NDArray[np.int64]) -> bool:
     return bool(place < len(hashes) and hashes[place] == wanted)
 
 
-def _files_before(into: Path) -> Iterator[str]:
-    """Yield the files that an earlier call made, from its manifest. Raises: OutputError."""
+def _identity(row: Mapping[str, Any]) -> str:
+    """Return which image a row of the manifest says a file is."""
+    return "\0".join(str(row[name]) for name in ("file", "index", "source", "path"))
+
+
+def _rows_before(into: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the manifest that an earlier call wrote. Raises: OutputError."""
     try:
         with (into / MANIFEST).open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
@@ -302,8 +308,7 @@ def _files_before(into: Path) -> Iterator[str]:
                 raise OutputError(
                     f"{into / MANIFEST} was not made by `imagemill sort`. Give a new folder."
                 )
-            for row in rows:
-                yield row["file"] or ""
+            yield from rows
     except FileNotFoundError:
         return
     except (OSError, UnicodeError, csv.Error) as error:
@@ -316,7 +321,8 @@ def _remove_stale(into: Path, images: Iterable[_Image]) -> int:
     """Remove files of an earlier call that no image has now; return how many."""
     kept, removed = _hashes(image.file for image in images), 0
     root = os.path.realpath(into)
-    for file in _files_before(into):
+    for row in _rows_before(into):
+        file = row["file"] or ""
         path = into / file
         if _among(file, kept) or not os.path.realpath(path.parent).startswith(f"{root}{os.sep}"):
             continue
@@ -353,8 +359,13 @@ def _write_manifest(into: Path, images: Iterable[_Image]) -> None:
     files.write_whole(into / MANIFEST, lines())
 
 
-def _make(job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker) -> dict[int, str]:
-    """Make the files that are missing. Return the images that cannot be read: index → why."""
+def _make(
+    job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker, same: NDArray[np.int64]
+) -> dict[int, str]:
+    """Make the files that are missing. Return the images that cannot be read: index → why.
+
+    If an original is gone, its hard link or copy stays. `same` has the identities of earlier files.
+    """
     frozen = job.frozen.job
     opened = sources.open_all(frozen.sources, index_dir=job.paths.plan, access=frozen.access)
     unreadable: dict[int, str] = {}
@@ -386,7 +397,10 @@ def _make(job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker) -> d
                         finish(_FETCHING)
                 elif os.path.isfile(place):  # noqa: PTH113 - bytes
                     maker.make(place, target)
-                elif not os.path.isfile(target):  # noqa: PTH113 - a hard link or copy is the image
+                elif not (
+                    maker.has_copy(target, planned.size)
+                    and _among(_identity({**image.row, "file": image.file}), same)
+                ):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(target)  # noqa: PTH108 - a link to nowhere
                     fail(image, "missing: it was there when it was classified")

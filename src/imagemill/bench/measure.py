@@ -28,6 +28,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, resolve, variants
 from imagemill.pipeline.backends import automatic, devices
 from imagemill.records import Bundle, DeviceSpec, Lease, Precision, SessionSpec, Settings, Summary
+from imagemill.runner import dry_run
 from imagemill.runner import run as runner
 from imagemill.runner.freeze import versions_of
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting
@@ -317,16 +318,17 @@ def _run_settings(
         min(settings.batches_per_step, _MAX_IN_FLIGHT) if settings.batches_per_step else None
     )
     asked = {name: getattr(settings, name) for name in same}
-    return Settings(
+    run = Settings(
         **asked,
         output=str(output),
         batch_size=_batch_size(settings),
         limit=limit,
-        shard_size=plan.auto_shard_size(limit, len(chosen), least=1),
         batches_per_step=in_flight,
         preflight=False,
         report=False,
     )
+    images = dry_run.dry_run(run).images  # each device gets some, even of few
+    return replace(run, shard_size=plan.auto_shard_size(images, len(chosen), least=1))
 
 
 def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Decode]:

@@ -96,7 +96,6 @@ def _add_get_model(command: Command) -> None:
 
 
 def _get_model(parsed: argparse.Namespace) -> int:
-
     from imagemill.display.terminal import DownloadDisplay
     from imagemill.models import bundle, get, resolve
     from imagemill.system import userdirs

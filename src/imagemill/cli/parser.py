@@ -45,6 +45,14 @@ class Parser(argparse.ArgumentParser):
     arguments: Sequence[str] = ()
     """What the user typed."""
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """Refuse blank texts: `--into "$UNSET"` would mean the current folder."""
+        if any(not text.strip() for text in arg_strings):
+            raise argparse.ArgumentError(
+                action, "is empty. If it comes from a variable of the shell, that is not set"
+            )
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str) -> NoReturn:
         """Exit with one line: what is wrong, and what was probably meant."""
         for argument in self.arguments:

@@ -164,10 +164,11 @@ def _unreadable(store: Store, path: Path, error: Exception) -> PartError:
     """
     if isinstance(error, FileNotFoundError):
         return _part_error(store, path, MISSING)
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        why = files.reason(error) if isinstance(error, OSError) else "not enough memory"
         return PartError(
-            f"{store.paths.shown(path)} cannot be read: {files.reason(error)}. Repeat the command"
-            " when it can: finished parts are kept."
+            f"{store.paths.shown(path)} cannot be read: {why}. Repeat the command when it can:"
+            " finished parts are kept."
         )
     return _part_error(store, path, f"is damaged: {_first_line(error)}")
 
@@ -292,7 +293,13 @@ def verify(store: Store, shards: Sequence[Shard], job: Job) -> Iterator[Problem]
             yield Problem(shard.number, path, MISSING)
             continue
         recorded = manifest.parts.get(path.name) if manifest else None
-        if what := _find_damage(store, shard, job, recorded):
+        try:
+            what = _find_damage(store, shard, job, recorded)
+        except (OSError, MemoryError) as error:  # the part may be sound
+            why = files.reason(error) if isinstance(error, OSError) else "not enough memory"
+            yield Problem(shard.number, path, f"cannot be read: {why}")
+            continue
+        if what:
             yield Problem(shard.number, path, what, damaged=True)
     summary, problem = _try_reading(documents.read_summary, store, store.paths.summary)
     if summary is None:
@@ -312,10 +319,7 @@ def _try_reading(
 def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | None) -> str | None:
     """Return what is wrong with one part, or None."""
     path = store.paths.part(shard.number)
-    try:
-        data = store.read(path)
-    except OSError as error:
-        raise _unreadable(store, path, error) from error
+    data = store.read(path)
     try:
         if recorded and hashlib.sha256(data).hexdigest() != recorded.sha256:
             return "is not the file that was committed: its sha256 differs from the manifest's"
@@ -325,6 +329,8 @@ def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | No
             return what
         table = file.read(use_threads=False)
         table.validate(full=True)
+    except MemoryError:
+        raise
     except (OSError, pa.ArrowException) as error:
         return f"cannot be read: {_first_line(error)}"
     if table.num_rows != shard.count:

@@ -119,6 +119,31 @@ def made_from(card: Card) -> str | None:
     return None
 
 
+def made_again(card: Card, folder: Path) -> str:
+    """Return what to type to make a bundle again that was in this folder."""
+    origin, name = card.origin, quoted(card.name)
+    here = folder.absolute().parent
+    where = "" if here == default_models_dir().absolute() else f" --models-dir {quoted(here)}"
+    command = f"`imagemill get-model {name}"
+    source = None if (made := made_from(card)) is None else quoted(made)
+    match origin.get("source"):
+        case "words":
+            return f"`imagemill classes {origin.get('model')}`, with the same labels"
+        case "onnx" | "folder" | "hub" if is_unnamed(Bundle(folder, card)):
+            return f"run the command again with --model {source}"
+        case "onnx":
+            return f"`imagemill wrap {source} --output {quoted(folder)}`, with the same values"
+        case "folder" | "hub":
+            return f"{command} --from {source}{where}`"
+        case "file" if not origin.get("published"):
+            return f"{command} --from {quoted(origin.get('file'))}{where}`, with the same values"
+        case "url" if not origin.get("published"):
+            return f"{command} --url {quoted(origin.get('url'))}{where}`, with the same values"
+        case "random":
+            return f"{command} --random-weights {origin.get('seed')}{where}`"
+    return f"{command}{where}`"
+
+
 def is_unnamed(found: Bundle) -> bool:
     """Return whether `run --model` made a bundle, and the user gave it no name."""
     key = found.card.origin.get("wrapped")

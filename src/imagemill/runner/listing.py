@@ -18,23 +18,13 @@ from imagemill.errors import SourceError, UsageError
 from imagemill.job import plan
 from imagemill.pipeline import sources
 from imagemill.pipeline.sources import Filters, Keeper, Skipped
+from imagemill.pipeline.sources.base import ARCHIVES
 from imagemill.records import Access, Settings, is_below
 from imagemill.runner.difference import Difference, Named, compare
 from imagemill.system import storage
 
 if TYPE_CHECKING:
     from imagemill.job.open_job import OpenJob
-
-_SHARD_SUFFIXES = {
-    ".tar": "*.tar",
-    ".gz": "*.tar.gz",
-    ".tgz": "*.tgz",
-    ".zip": "*.zip",
-    ".parquet": "*.parquet",
-}
-"""Suffixes of archives and tables that a source may hold unopened → the pattern that names them as
-sources.
-"""
 
 
 def entries(
@@ -160,7 +150,7 @@ def no_images(settings: Settings, skipped: Skipped) -> SourceError:
     if is_filtered:
         remedies.append("Change --include or --exclude.")
     if pattern := next(
-        (pattern for suffix, pattern in _SHARD_SUFFIXES.items() if skipped.by_suffix[suffix]), None
+        (pattern for suffix, pattern in ARCHIVES.items() if skipped.by_suffix[suffix]), None
     ):
         remedies.append(_open_them(given, pattern))
     elif skipped.by_suffix:

@@ -9,7 +9,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from imagemill.display.observer import Watcher
-from imagemill.errors import ClassCountError, OutputError, UsageError, counted, quoted
+from imagemill.errors import ClassCountError, OutputError, UsageError, counted
 from imagemill.job.documents import Frozen
 from imagemill.models import bundle, mistaken, resolve
 from imagemill.models.labels import read_labels
@@ -126,17 +126,7 @@ def verify_model(frozen: Frozen) -> None:
     """
     file, card = Path(frozen.job.session.model_file), frozen.job.session.card
     if not file.is_file():
-        remedy = f"`imagemill get-model {card.name}`"
-        if (made_from := bundle.made_from(card)) is not None:
-            source, folder = quoted(made_from), quoted(file.parent)
-            if bundle.is_unnamed(Bundle(file.parent, card)):
-                remedy = f"run the command again with --model {source}"
-            elif card.origin.get("source") == "onnx":
-                remedy = f"`imagemill wrap {source} --output {folder}`, with the same values"
-            else:
-                remedy = f"`imagemill get-model {quoted(card.name)} --from {source}`"
-        if card.origin.get("source") == "words":
-            remedy = f"`imagemill classes {card.origin.get('model')}`, with the same labels"
+        remedy = bundle.made_again(card, file.parent)
         raise OutputError(f"the job's model {file} is missing. Bring it back: {remedy}.")
     bundle.verify_hash(Bundle(file.parent, card))
     if frozen.variant_sha256 is not None:

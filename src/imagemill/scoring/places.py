@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TypeVar
@@ -11,6 +10,7 @@ from msgspec import Struct
 
 from imagemill.pipeline.sources import is_opened, names_others, without_column
 from imagemill.system import storage
+from imagemill.system.files import absolute
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ def beside(file: str, path: str) -> str:
         found = storage.beside(file.encode(), path.encode()).decode()
     except ValueError:  # leads above its host
         return path
-    return found if "://" in found else os.path.abspath(found)  # noqa: PTH100 - links stay
+    return found if "://" in found else str(absolute(found))
 
 
 def relative_path(source: str, path: str) -> str:

@@ -121,10 +121,7 @@ class Client:
                 if isinstance(error, HTTPError):
                     raise
                 raise HttpError(one_line(error), is_temporary=isinstance(error, OSError)) from error
-            try:
-                yield answer
-            except ValueError as error:  # of a damaged body
-                raise HttpError(one_line(error)) from error
+            yield answer
         except HTTPError as error:
             raise _translated(error, in_body=answer is not None) from error
         finally:

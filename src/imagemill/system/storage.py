@@ -120,6 +120,7 @@ def is_object(location: str | bytes) -> bool:
     return is_url(location) and os.fsdecode(location).partition("://")[0] in SCHEMES
 
 
+NO_PLACE = "not a place in an object store. Write it like s3://bucket/prefix"
 NO_PASSWORDS = (
     "the URL holds a user name or password, which would be written into every row. Put it into"
     " ~/.netrc or the environment."
@@ -186,8 +187,12 @@ def local_path(url: bytes) -> bytes:
     return unquote_to_bytes(path)
 
 
-class NoPlaceError(UsageError):
-    """A URL names no place in an object store, or none that can be opened."""
+def is_place(url: str) -> bool:
+    """Return whether a URL is written as that of a place in an object store."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, prefix = rest.rstrip("/").partition("/")
+    is_named = re.fullmatch(r"[\w.-]+", bucket, re.ASCII) is not None
+    return scheme in SCHEMES and is_named and "//" not in f"/{prefix}"
 
 
 def open_bucket(url: str, policy: RetryPolicy | None = None) -> Bucket:
@@ -203,12 +208,10 @@ def open_bucket(url: str, policy: RetryPolicy | None = None) -> Bucket:
     Raises:
         UsageError: the URL makes no sense, or a package is missing.
     """
+    if not is_place(url):
+        raise UsageError(f"{url}: {NO_PLACE}.")
     scheme, _, rest = url.partition("://")
     bucket, _, prefix = rest.rstrip("/").partition("/")
-    if scheme not in SCHEMES or not bucket or "//" in f"/{prefix}":
-        raise NoPlaceError(
-            f"{url}: not a place in an object store. Write it like s3://bucket/prefix."
-        )
     return Bucket(f"{scheme}://{bucket}", prefix, policy or READING)
 
 
@@ -502,7 +505,7 @@ def _make_client(
             credential_provider=_profile(variables) if bucket.startswith("s3://") else None,
         )
     except Exception as error:  # the library's own are of no common kind
-        raise NoPlaceError(
+        raise UsageError(
             f"{bucket}: cannot be opened: {reason(error)}. Look at the variables {_VARIABLES}."
         ) from error
 

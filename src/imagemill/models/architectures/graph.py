@@ -8,6 +8,7 @@ open.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -99,7 +100,7 @@ def classes(arrays: Mapping[str, Array], head: str) -> int:
 def count(shapes: Shapes) -> int:
     """Count trained numbers, as publishers do: running statistics are not trained."""
     return sum(
-        int(np.prod(shape))
+        math.prod(shape)
         for name, shape in shapes.items()
         if not name.endswith(("running_mean", "running_var"))
     )

@@ -10,7 +10,6 @@ was exported is opened, and the check run shows whether the graph allows that.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -37,7 +36,13 @@ from imagemill.models.card import (
 )
 from imagemill.models.custom.assemble import assemble
 from imagemill.models.custom.check import Findings, judge, run_twice
-from imagemill.models.custom.graph import Plan, examine, image_input, input_types
+from imagemill.models.custom.graph import (
+    STANDARD_DOMAINS,
+    Plan,
+    examine,
+    image_input,
+    input_types,
+)
 from imagemill.models.custom.metadata import read_metadata
 from imagemill.models.preprocessing import normalisation
 from imagemill.records import Bundle, Card
@@ -317,11 +322,12 @@ def _without_inputs(model: onnx.ModelProto) -> onnx.NodeProto | None:
     """Return a node with fewer inputs than its operator needs: OpenVINO's reader would crash."""
     from onnx import defs
 
-    opset = next((entry.version for entry in model.opset_import if not entry.domain), 1)
+    versions = [entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS]
+    opset = min(max(versions, default=1), defs.onnx_opset_version())
     for node in model.graph.node:
-        with contextlib.suppress(defs.SchemaError):  # an operator that onnx does not know
-            if len(node.input) < defs.get_schema(node.op_type, opset, node.domain).min_input:
-                return node
+        is_known = node.domain in STANDARD_DOMAINS and defs.has(node.op_type, opset)
+        if is_known and len(node.input) < defs.get_schema(node.op_type, opset).min_input:
+            return node
     return None
 
 

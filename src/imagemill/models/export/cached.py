@@ -120,7 +120,7 @@ def weights_of(folder: Path) -> tuple[Path, ...]:
         pickles = [printable(file.name) for file in sorted(folder.glob("*.bin"))]
         instead = f" {pickles[0]} is not read here, since a pickle may run code." if pickles else ""
         raise ModelError(
-            f"{printable(folder)} has neither an ONNX file nor {WEIGHTS}, which imagemill exports"
+            f"{printable(folder)} has neither model.onnx nor {WEIGHTS}, which imagemill exports"
             f" from.{instead} Save the model again as safetensors: model.save_pretrained(FOLDER)."
         )
     document = json_file.read(folder / INDEX)
@@ -143,7 +143,7 @@ def _versions(folder: Path, network: str, library: str) -> dict[str, str]:
         return {name: metadata.version(name) for name in ("torch", library)}
     except metadata.PackageNotFoundError as error:
         raise UsageError(
-            f"{printable(folder)} has no ONNX file, and imagemill does not build {network} itself:"
+            f"{printable(folder)} has no model.onnx, and imagemill does not build {network} itself:"
             f" exporting it takes PyTorch and {library}, and {error.name} is not installed. Type:"
             " pip install 'imagemill[export]'"
         ) from error

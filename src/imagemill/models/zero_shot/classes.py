@@ -186,8 +186,7 @@ def _key(
     """Return a hash of everything that decides the model."""
     files = [towers.folder / "tokenizer.json"]
     for graph in (towers.image_file, towers.text_file):
-        beside = wrap.external_files(graph, wrap.parse(graph))
-        files += [graph, *(graph.parent / name for name in beside)]
+        files += [graph, *sorted(graph.parent.glob(f"{graph.name}[._]data*"))]
     values = [
         _VERSION,
         [bundles.sha256(file) for file in files if file.is_file()],

@@ -25,6 +25,17 @@ IMAGE_SUFFIXES = frozenset(
 becomes its row.
 """
 _FOLDERS_REMEMBERED = 1_000
+_SLASH, _HOST = re.compile(rb"(?<=[^/])/"), re.compile(rb"(?:[\w+.-]+://[^/]*/)?")
+ARCHIVES = {
+    ".tar": "*.tar",
+    ".gz": "*.tar.gz",
+    ".tgz": "*.tgz",
+    ".zip": "*.zip",
+    ".parquet": "*.parquet",
+}
+"""Suffixes of archives and tables that a source may hold unopened → the pattern that names them as
+sources.
+"""
 MOST_SUFFIXES = 30
 OTHER_SUFFIXES = "others"
 """Stands for suffixes beyond the first `MOST_SUFFIXES`: scan.000001, scan.000002, …"""
@@ -50,7 +61,8 @@ class Skipped(Struct):
 
     def add_suffix(self, suffix: str) -> None:
         """Count a file that is no image."""
-        known = suffix in self.by_suffix or len(self.by_suffix) < MOST_SUFFIXES
+        known = suffix in self.by_suffix or suffix in ARCHIVES
+        known = known or len(self.by_suffix) < MOST_SUFFIXES
         self.by_suffix[suffix if known else OTHER_SUFFIXES] += 1
 
     def counts(self) -> dict[str, Any]:
@@ -167,7 +179,7 @@ def matcher(filters: Filters) -> Callable[[bytes], bool]:
 
     @lru_cache(_FOLDERS_REMEMBERED)
     def is_closed(folder: bytes) -> bool:
-        above = re.finditer(rb"(?<=[^/])/", folder)
+        above = _SLASH.finditer(folder, _HOST.match(folder).end())  # type: ignore[union-attr]
         return any(matches(exclude, os.fsdecode(folder[: slash.start()])) for slash in above)
 
     def wanted(path: bytes) -> bool:

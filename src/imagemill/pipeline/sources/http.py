@@ -18,6 +18,7 @@ from imagemill.system.http import (
     StatusError,
     announced_bytes,
 )
+from imagemill.system.messages import one_line
 from imagemill.system.retry import Attempts, RetryPolicy
 
 _MISSING = (404, 410)
@@ -112,9 +113,12 @@ def _body(answer: Answer, max_bytes: int) -> bytes:
     if (size := announced_bytes(answer)) is not None and size > max_bytes:
         raise too_large(size, max_bytes)
     pieces, size = [], 0
-    while piece := answer.read(CHUNK_BYTES):
-        pieces.append(piece)
-        size += len(piece)
-        if size > max_bytes:
-            raise BadImage(Status.TOO_LARGE, f"has more bytes than --max-bytes {max_bytes}")
+    try:
+        while piece := answer.read(CHUNK_BYTES):
+            pieces.append(piece)
+            size += len(piece)
+            if size > max_bytes:
+                raise BadImage(Status.TOO_LARGE, f"has more bytes than --max-bytes {max_bytes}")
+    except ValueError as error:  # such as a chunk of -5 bytes
+        raise HttpError(one_line(error)) from error
     return b"".join(pieces)

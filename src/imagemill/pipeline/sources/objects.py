@@ -62,10 +62,10 @@ def fetch(url: str, max_bytes: int) -> bytes:
     `read_error`.
     """
     bucket, key = storage.split(url)
+    if not storage.is_place(bucket):
+        raise BadImage(Status.READ_ERROR, f"cannot be read: {storage.NO_PLACE}")
     try:
         return storage.open_bucket(bucket).read(key, max_bytes)
-    except storage.NoPlaceError as error:
-        raise BadImage(Status.READ_ERROR, f"cannot be read: {error}") from error
     except FileNotFoundError as error:
         raise BadImage(Status.MISSING, f"the object is not there: {error.strerror}") from error
     except OSError as error:

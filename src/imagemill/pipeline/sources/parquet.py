@@ -66,7 +66,8 @@ _LOCATOR = struct.Struct(">III")
 """Row group, row in it, CRC-32 of the footer; so that locators sort as the rows do."""
 _BATCH_BYTES = 4 * 2**20
 _KEPT_BYTES = 32 * 2**20
-_FIRST_ROWS = 8
+_DICTIONARY_ROWS = 64
+"""Rows of a batch that may be one large image each time, as in tables of questions about images."""
 _BUFFER_BYTES = 4 * 2**20
 _LISTED_ROWS = 4_096
 _KEPT_ROWS = 1_024
@@ -109,7 +110,7 @@ class ParquetSource:
                 for number, (name, values) in enumerate(zip(names, packed, strict=True)):
                     path = b"%08d" % row + (b"/" + name if name else b"")
                     row += 1
-                    if wanted(path):
+                    if wanted(name or path):
                         yield Entry(
                             self.position,
                             path,
@@ -393,16 +394,8 @@ class _RowGroup:
         size = sum(leaf.total_uncompressed_size for leaf in leaves)
         self._batch_rows = min(max(_BATCH_BYTES * about.num_rows // max(size, 1), 1), 1_024)
         if any(leaf.has_dictionary_page for leaf in leaves):  # values may be stored once for many
-            self._batch_rows = min(self._batch_rows, self._rows_that_fit())
+            self._batch_rows = min(self._batch_rows, _DICTIONARY_ROWS)
         self._begin()
-
-    def _rows_that_fit(self) -> int:
-        """Return how many rows as large as the first ones make a batch."""
-        with contextlib.suppress(OSError, pa.ArrowException):  # `at` says so
-            first = next(self._opened.batches(self._group, self._column, _FIRST_ROWS), None)
-            if first is not None and first.nbytes > 0:
-                return max(_BATCH_BYTES * len(first) // int(first.nbytes), 1)
-        return _FIRST_ROWS
 
     def _begin(self) -> None:
         self._damage: str | None = None
