@@ -47,7 +47,8 @@ class Parser(argparse.ArgumentParser):
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         """Refuse blank texts: `--into "$UNSET"` would mean the current folder."""
-        if any(not text.strip() for text in arg_strings):
+        is_command = action.nargs == argparse.PARSER  # whose parser looks at the other texts
+        if not is_command and any(not text.strip() for text in arg_strings):
             raise argparse.ArgumentError(
                 action, "is empty. If it comes from a variable of the shell, that is not set"
             )

@@ -82,7 +82,7 @@ def _threshold(text: str) -> float | None:
 def describe(value: float | Sequence[float] | None) -> str | None:
     """Return a text that identifies a minimum probability, or the thresholds of the labels."""
     if value is None or isinstance(value, float | int):
-        return None if value is None else repr(float(value))
+        return None if value is None else repr(value).removesuffix(".0")
     if not value:
         return "without a threshold"
     digest = hashlib.sha256(",".join(map(repr, value)).encode()).hexdigest()[:12]

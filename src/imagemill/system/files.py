@@ -37,11 +37,13 @@ def is_system_file(name: str) -> bool:
 
 
 def absolute(path: str) -> Path:
-    """Return an absolute path without `..`. Links stay as they were given, unless a `..` leaves one
-    another way than the system does.
+    """Return an absolute path without `..`, unless that would leave a link another way than the
+    system does. Links stay as they were given.
     """
-    plain, real = os.path.abspath(path), os.path.realpath(path)  # noqa: PTH100
-    return Path(real if ".." in Path(path).parts and os.path.realpath(plain) != real else plain)
+    plain = os.path.abspath(path)  # noqa: PTH100 - `Path.absolute` keeps `..`
+    if ".." in Path(path).parts and os.path.realpath(plain) != os.path.realpath(path):
+        return Path(path).absolute()
+    return Path(plain)
 
 
 def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:

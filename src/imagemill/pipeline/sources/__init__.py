@@ -87,7 +87,9 @@ def _absolute_path(location: str) -> str:
             location = os.fsdecode(storage.local_path(os.fsencode(location)))
     except ValueError as error:
         raise UsageError(f"source {location}: {error}.") from error
-    return str(absolute(location))
+    found = absolute(location)
+    # What `link/..` means is frozen as it is now.
+    return os.path.realpath(found) if ".." in found.parts else str(found)
 
 
 def resolve_moved(moved: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
