@@ -1315,3 +1315,16 @@ def test_load_refuses_values_of_a_wrong_type(
 def test_no_device_is_the_usual_one(models_dir: Path) -> None:
     with imagemill.load("tiny", device=None, models_dir=models_dir) as classifier:  # type: ignore[arg-type]
         assert classifier.labels
+
+
+def test_a_transparent_colour_of_16_bits_is_blended_in_pillows_images_too(
+    models_dir: Path,
+) -> None:
+    """As in the bytes of the same PNG."""
+    grey = Image.fromarray(np.full((40, 40), 40_000, np.uint16))
+    file = io.BytesIO()
+    grey.save(file, "PNG", transparency=40_000)
+    with imagemill.load("tiny", models_dir=models_dir, background="#ff0000") as classifier:
+        of_bytes = classifier.predict(file.getvalue())
+        of_image = classifier.predict(Image.open(io.BytesIO(file.getvalue())))
+    assert of_image == of_bytes

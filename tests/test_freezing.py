@@ -335,6 +335,14 @@ def test_a_model_that_is_gone_is_named_with_the_way_to_bring_it_back(
     )
 
 
+def test_saved_outputs_may_be_named_twice(
+    job: Callable[..., Settings], jpegs: Callable[..., Path]
+) -> None:
+    folder = jpegs(1)
+    for save in (("logits", "logits"), ("logits",), ("logits", "logits")):
+        assert run.run(job(folder, save=save)).ok == 1
+
+
 def test_a_job_that_depends_on_its_batches_is_continued_with_the_same_ones(
     job: Callable[..., Settings],
     jpegs: Callable[..., Path],

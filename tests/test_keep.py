@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import io
 import json
 import random
+import tarfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -125,6 +127,12 @@ def test_a_csv_list_gives_text(make: Make, tmp_path: Path) -> None:
         ("b.jpg", "ok", None, "line\nbreak"),
     ]
     assert helpers.table(Path(job.paths.output)).column_names[-3:] == ["height", "id", "text"]
+
+
+def test_an_empty_text_of_a_parquet_table_is_kept(make: Make, tmp_path: Path) -> None:
+    file = table(tmp_path, {"path": ["a.jpg", "b.jpg"], "caption": ["", None]})
+    job = make(f"@{file}#path", keep=("caption",))
+    assert values(job, "path", "caption") == [("a.jpg", ""), ("b.jpg", None)]
 
 
 @pytest.mark.parametrize("kind", ["list", "images"])
@@ -557,3 +565,17 @@ def test_the_command_line_keeps_columns(
     assert (tmp_path / "sorted" / "cat" / "a.jpg").read_bytes() == JPEG
     report = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert '<span class="quiet">truth</span> <bdi>cat</bdi>' in report
+
+
+def test_values_of_a_hard_linked_member_are_those_of_the_first(make: Make, tmp_path: Path) -> None:
+    """As tar writes files that a tool made one to save space."""
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, data in (("0.jpg", JPEG), ("0.json", b'{"id": "x"}'), ("1.jpg", JPEG)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        linked = tarfile.TarInfo("1.json")
+        linked.type, linked.linkname = tarfile.LNKTYPE, "0.json"
+        archive.addfile(linked)
+    job = make(tmp_path / "s.tar", keep=("id",))
+    assert values(job, "path", "id") == [("0.jpg", "x"), ("1.jpg", "x")]

@@ -268,3 +268,12 @@ def test_nodes_of_a_cluster_read_where_the_sources_are_now(
     moved = pickle.loads(pickle.dumps(replace(frozen.job, access=Access(((str(old), str(new)),)))))
     assert len(provisioning.sample_images(moved, shards)) == 2
     sources.check(moved.sources, moved.access)
+
+
+def test_a_folder_called_like_an_archive_is_still_a_folder_elsewhere(tmp_path: Path) -> None:
+    """Its failed images have lines, and `sort` links them."""
+    (tmp_path / "new").mkdir()
+    source = str(tmp_path / "photos.zip")
+    access = Access(sources.resolve_moved([(source, str(tmp_path / "new"))]))
+    assert sources.as_line([source], 0, b"1.jpg", access) == f"{source}/1.jpg".encode()
+    assert sources.as_line([source], 0, b"1.jpg") is None, "it is gone, so its name decides"

@@ -968,6 +968,10 @@ def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_p
     assert run.run(job(folder, retry_failed=("timeout",))).failed == 2
     assert helpers.parts(tmp_path / "out") == before
     (tmp_path / "out" / "score.json").write_text("{}")
+    assert (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(TooManyBadError):
+        run.run(job(folder, retry_failed=("empty",), max_bad_fraction=0.0))
+    assert not (tmp_path / "out" / "manifest.json").exists(), "verify would call new parts damaged"
     summary = run.run(job(folder, retry_failed=("empty",)))
     assert not (tmp_path / "out" / "score.json").exists(), "it was about other rows"
     assert summary.failed_by_status == {"not_an_image": 1}

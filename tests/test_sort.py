@@ -150,6 +150,8 @@ def test_hostile_labels_are_one_usable_folder_each() -> None:
         4: "é~4",
         5: "é~5",
     }
+    found = names.folders([(0, "crane"), (1, "crane"), (2, "crane~1")])
+    assert len(set(found.values())) == 3, "an avoided name may be another label"
 
 
 def test_equal_names_are_kept_apart(make: Callable[..., OpenJob], tmp_path: Path) -> None:
@@ -316,6 +318,38 @@ def test_a_file_is_not_taken_for_another_image_whose_original_went(
     again = sort.sort(job, tmp_path / "into", Choice(min_probability=0.8), link=link)
     assert (again.images, again.unreadable) == (0, 1)
     assert (manifest(tmp_path / "into"), content(tmp_path / "into")) == ([], {})
+
+
+def test_a_name_that_means_another_image_gets_its_bytes(models_dir: Path, tmp_path: Path) -> None:
+    """Two images of one name and size in a table; the first one is left out the second time."""
+    image = [{"bytes": data, "path": "cat.png"} for data in (b"1st", b"2nd")]
+    pq.write_table(pa.table({"image": image}), tmp_path / "t.parquet")
+    settings = made_jobs.settings_of(
+        tmp_path / "t.parquet", output=tmp_path / "out", models_dir=models_dir
+    )
+    job = made_jobs.made_job(
+        settings,
+        made_jobs.tiny(models_dir),
+        lambda path: (0, 0.5 if path.startswith(b"00000000") else 0.9),
+        LABELS,
+    )
+    into = tmp_path / "into"
+    sort.sort(job, into)
+    sort.sort(job, into, Choice(min_probability=0.8))
+    ((name, data),) = content(into).items()
+    assert (data, [row["file"] for row in manifest(into)]) == ("2nd", [name])
+
+
+def test_a_carriage_return_in_a_name_leads_to_no_file_of_others(
+    make: Callable[..., OpenJob], tmp_path: Path
+) -> None:
+    """The table of what was sorted is read back as it was written."""
+    job = make(images=["a\rkeep/1-9.jpg"])
+    sort.sort(job, tmp_path / "into")
+    helpers.fill(tmp_path / "into", {"keep/1-9.jpg": b"mine"})
+    assert sort.sort(job, tmp_path / "into").removed == 0
+    assert content(tmp_path / "into")["keep/1-9.jpg"] == "mine"
+    assert [row["path"] for row in sort._rows_before(tmp_path / "into")] == ["a\rkeep/1-9.jpg"]
 
 
 def test_a_link_whose_original_went_is_removed(

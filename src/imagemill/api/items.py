@@ -193,7 +193,7 @@ def _encode_image(image: Image.Image, *, keep_alpha: bool) -> bytes:
         buffer = io.BytesIO()
         Image.fromarray(np.asarray(image)).save(buffer, "TIFF")
         return buffer.getvalue()
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") and not (keep_alpha and image.has_transparency_data):
         return _ppm((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in {"La", "RGBa"}:
         image = image.convert("LA" if image.mode == "La" else "RGBA")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
@@ -45,14 +46,15 @@ def folders(values: Iterable[tuple[Id, str]]) -> Mapping[Id, str]:
     If the names of several values would be the same folder, also on a file system that ignores
     case, each gets its id, or the hash of a long one, behind the name.
     """
-    wanted = {value: usable(text) for value, text in values}
-    used: dict[str, int] = {fold(RESERVED): 1}
-    for name in wanted.values():
-        used[fold(name)] = used.get(fold(name), 0) + 1
-    return {
-        value: name if used[fold(name)] == 1 else f"{name}~{_mark(value)}"
-        for value, name in wanted.items()
-    }
+    found = {value: usable(text) for value, text in values}
+    while True:  # `crane~1` may be a name, too
+        used = Counter([fold(RESERVED), *map(fold, found.values())])
+        if max(used.values()) == 1:
+            return found
+        found = {
+            value: name if used[fold(name)] == 1 else f"{name}~{_mark(value)}"
+            for value, name in found.items()
+        }
 
 
 def fold(name: str) -> str:

@@ -45,6 +45,7 @@ MAX_FOLDERS = 10_000
 _TEXT_OR_WHOLE = re.compile("(large_)?string|u?int")
 """Arrow's names of such types."""
 _FETCHING = 16
+_ANY_SIZE = 2**62
 """Images outside of folders, in archives or behind URLs, that are read at a time."""
 _NAMED = 5
 
@@ -132,7 +133,6 @@ def sort(
     if not chosen.rows:
         raise OutputError(f"{job.shortfall(0)}, then sort again.")
     before = _hashes(row["file"] or "" for row in _rows_before(into))
-    same = _hashes(map(_identity, _rows_before(into)))
     keys = _hashes(image.file for image in chosen.images())
     counts: Counter[str] = Counter()
     for image in _named(chosen, keys):
@@ -158,13 +158,14 @@ def sort(
     removed = _remove_stale(into, _named(chosen, keys))
     _write_manifest(into, _named(chosen, keys))
     maker = Maker(link, log, _TEMPORARY)
-    unreadable = _make(job, into, _named(chosen, keys), maker, same)
+    unreadable, lost = _make(job, into, _named(chosen, keys), maker)
     if unreadable:
         kept = (image for image in _named(chosen, keys) if image.planned.index not in unreadable)
         _write_manifest(into, kept)
     return replace(
         outcome,
         images=outcome.images - len(unreadable),
+        folders=dict((counts - lost).most_common()),
         made=maker.made,
         removed=removed,
         link=maker.link,
@@ -318,13 +319,17 @@ def _rows_before(into: Path) -> Iterator[dict[str, Any]]:
 
 
 def _remove_stale(into: Path, images: Iterable[_Image]) -> int:
-    """Remove files of an earlier call that no image has now; return how many."""
-    kept, removed = _hashes(image.file for image in images), 0
+    """Remove files of an earlier call that no image has now, or another image than then; return
+    how many. So each file that stays is the image that the next manifest will say.
+    """
+    kept, removed = _hashes(_identity({**image.row, "file": image.file}) for image in images), 0
     root = os.path.realpath(into)
     for row in _rows_before(into):
         file = row["file"] or ""
         path = into / file
-        if _among(file, kept) or not os.path.realpath(path.parent).startswith(f"{root}{os.sep}"):
+        if _among(_identity(row), kept) or not os.path.realpath(path.parent).startswith(
+            f"{root}{os.sep}"
+        ):
             continue
         try:
             path.unlink()
@@ -346,10 +351,13 @@ def _remove_stale(into: Path, images: Iterable[_Image]) -> int:
 def _write_manifest(into: Path, images: Iterable[_Image]) -> None:
     def lines() -> Iterator[bytes]:
         text = io.StringIO(newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(_COLUMNS)
+        plain = csv.writer(text, lineterminator="\n")
+        quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        plain.writerow(_COLUMNS)
         for image in images:
-            writer.writerow([image.file, *(image.row[name] for name in _COLUMNS[1:])])
+            cells = [image.file, *(image.row[name] for name in _COLUMNS[1:])]
+            has_return = any("\r" in cell for cell in cells if isinstance(cell, str))
+            (quoted if has_return else plain).writerow(cells)
             if text.tell() > 1 << 16:
                 yield text.getvalue().encode("utf-8", "backslashreplace")
                 text.seek(0)
@@ -360,15 +368,17 @@ def _write_manifest(into: Path, images: Iterable[_Image]) -> None:
 
 
 def _make(
-    job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker, same: NDArray[np.int64]
-) -> dict[int, str]:
-    """Make the files that are missing. Return the images that cannot be read: index → why.
+    job: OpenJob, into: Path, images: Iterable[_Image], maker: Maker
+) -> tuple[dict[int, str], Counter[str]]:
+    """Make the files that are missing. If an original is gone, its hard link or copy stays.
 
-    If an original is gone, its hard link or copy stays. `same` has the identities of earlier files.
+    Returns:
+        the images that cannot be read, index → why; and how many of each folder they are.
     """
     frozen = job.frozen.job
     opened = sources.open_all(frozen.sources, index_dir=job.paths.plan, access=frozen.access)
     unreadable: dict[int, str] = {}
+    lost: Counter[str] = Counter()
     waiting: deque[tuple[_Image, Future[bytes]]] = deque()
 
     def finish(most: int) -> None:
@@ -380,31 +390,30 @@ def _make(
                 fail(image, f"{bad.status}: {bad.error}")
 
     def fail(image: _Image, why: str) -> None:
+        lost[image.folder] += 1
         unreadable[image.planned.index] = printable(f"{image.row['path']}: {why}")
 
     with ThreadPoolExecutor(_FETCHING) as pool:
         try:
             for image in images:
                 target, planned = os.fsencode(into / image.file), image.planned
-                line = sources.as_line(frozen.sources, planned.source, planned.path)
+                line = sources.as_line(frozen.sources, planned.source, planned.path, frozen.access)
                 place = line and frozen.access.at(line)
                 if place is None or storage.is_url(place):
                     if not maker.has_copy(target, planned.size):
                         source = opened[planned.source]
-                        limit = frozen.limits.max_bytes
+                        is_ok = image.row["status"] == Status.OK  # of any size, as it was read
+                        limit = _ANY_SIZE if is_ok else frozen.limits.max_bytes
                         fetched = pool.submit(source.fetch, planned.path, planned.locator, limit)
                         waiting.append((image, fetched))
                         finish(_FETCHING)
                 elif os.path.isfile(place):  # noqa: PTH113 - bytes
                     maker.make(place, target)
-                elif not (
-                    maker.has_copy(target, planned.size)
-                    and _among(_identity({**image.row, "file": image.file}), same)
-                ):
+                elif not maker.has_copy(target, planned.size):
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(target)  # noqa: PTH108 - a link to nowhere
                     fail(image, "missing: it was there when it was classified")
             finish(0)
         finally:
             pool.shutdown(cancel_futures=True)
-    return unreadable
+    return unreadable, lost

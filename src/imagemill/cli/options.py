@@ -14,7 +14,8 @@ Command: TypeAlias = Callable[[str, Call, str], argparse.ArgumentParser]
 """Adds a command to the parser: its name, what it calls, and its help."""
 
 MODELS_DIR: Final = {"models_dir": SETTINGS["models_dir"]}
-MOVED: Final = {"moved": SETTINGS["moved"]}
+ACCESS: Final = {name: SETTINGS[name] for name in ("moved", "user_agent")}
+"""Of commands that read the images of a job again."""
 JOB: Final[Mapping[str, Any]] = {"metavar": "DIR", "help": "output folder or URL of a job"}
 """Of the argument `dir`."""
 JSON: Final[Mapping[str, Any]] = {"action": "store_true", "help": "print one JSON object"}

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from imagemill.job.open_job import OpenJob
 
 
-def open_job(output: str, moved: Sequence[tuple[str, str]] | None = None) -> OpenJob:
-    """Return the job of an output folder or URL, with its sources where `--moved` says.
+def open_job(
+    output: str, moved: Sequence[tuple[str, str]] | None = None, user_agent: str | None = None
+) -> OpenJob:
+    """Return the job of an output folder or URL, with its sources read as these options say.
 
     Raises:
         OutputError: it is no job. UsageError: `--moved` makes no sense.
@@ -20,10 +22,12 @@ def open_job(output: str, moved: Sequence[tuple[str, str]] | None = None) -> Ope
     from imagemill.job.open_job import OpenJob
 
     opened = OpenJob.open(output)
-    if moved:
+    if moved or user_agent:
         from imagemill.runner import listing
+        from imagemill.runner.settings import check_setting
 
-        opened = listing.at_new_places(opened, moved)
+        check_setting("user_agent", user_agent)
+        opened = listing.at_new_places(opened, moved or (), user_agent)
     return opened
 
 

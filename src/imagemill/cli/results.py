@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from imagemill.cli.options import JOB, JSON, MOVED, Command, add_settings, probability
+from imagemill.cli.options import ACCESS, JOB, JSON, Command, add_settings, probability
 from imagemill.cli.output import as_json, log, open_job, print_result
 from imagemill.errors import UsageError
 
@@ -65,14 +65,14 @@ def _add_report(command: Command) -> None:
         "write the report again: results, speed, failures and sample images of a job",
     )
     sub.add_argument("dir", **JOB)
-    add_settings(sub, MOVED)
+    add_settings(sub, ACCESS)
     sub.add_argument("--output", metavar="FILE", help="file of the page (default: DIR/report.html)")
 
 
 def _report(parsed: argparse.Namespace) -> int:
     from imagemill import report
 
-    job = open_job(parsed.dir, parsed.moved)
+    job = open_job(parsed.dir, parsed.moved, parsed.user_agent)
     report.write(job, parsed.output)
     print(parsed.output or job.paths.shown(job.paths.report))
     return 0
@@ -83,7 +83,7 @@ def _add_score(command: Command) -> None:
         "score", _score, "compare a job's rows with true labels: accuracy, confusions, calibration"
     )
     sub.add_argument("dir", **JOB)
-    add_settings(sub, MOVED)
+    add_settings(sub, ACCESS)
     sub.add_argument(
         "--truth",
         required=True,
@@ -111,7 +111,7 @@ def _score(parsed: argparse.Namespace) -> int:
     from imagemill.display import score as display
     from imagemill.scoring import score
 
-    job = open_job(parsed.dir, parsed.moved)
+    job = open_job(parsed.dir, parsed.moved, parsed.user_agent)
     found = score.score(job, parsed.truth)
     for note in found.notes:
         log(note)
@@ -137,7 +137,7 @@ def _add_sort(command: Command) -> None:
         "put the images of a job into one folder per label, as links or copies",
     )
     sub.add_argument("dir", **JOB)
-    add_settings(sub, MOVED)
+    add_settings(sub, ACCESS)
     sub.add_argument(
         "--into",
         required=True,
@@ -183,7 +183,7 @@ def _sort(parsed: argparse.Namespace) -> int:
     choice = sort.Choice(parsed.by, parsed.min_probability, parsed.failed)
     link = Link(parsed.link) if parsed.link else None
     done = sort.sort(
-        open_job(parsed.dir, parsed.moved),
+        open_job(parsed.dir, parsed.moved, parsed.user_agent),
         Path(parsed.into),
         choice,
         link,

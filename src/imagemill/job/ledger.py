@@ -248,7 +248,7 @@ def failed_paths(
                     full = as_line(row.source, row.path)
                     if full is None:
                         continue
-                    quoted = b"\n" in full or b"\r" in full
+                    quoted = any(byte in full for byte in (b"\n", b"\r", b"\0"))
                     yield (
                         json.dumps(os.fsdecode(full)).encode("ascii") if quoted else full
                     ) + b"\n"

@@ -266,8 +266,8 @@ class OpenJob(Struct, frozen=True, dict=True):
             images = counted(self.frozen.images, "image")
             what = f"does not hold the {images} of job.json"  # nothing to compare parts with
             return [ledger.Problem(None, self.paths.plan, what)], []
-        problems = list(ledger.verify(self.store, shards, self.frozen.job))
         if not quarantine:
-            return problems, []
-        with lock.locked(self.paths):
+            return list(ledger.verify(self.store, shards, self.frozen.job)), []
+        with lock.locked(self.paths):  # parts that a run replaces meanwhile would look damaged
+            problems = list(ledger.verify(self.store, shards, self.frozen.job))
             return problems, ledger.quarantine(self.store, problems)

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
-from msgspec.structs import replace
 from PIL import Image
 
 from imagemill.errors import ImagemillError
@@ -24,7 +23,7 @@ from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
 from imagemill.pipeline.decoding.isolated import IsolatedDecoder
-from imagemill.records import BadImage, Status
+from imagemill.records import BadImage, Limits, Status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +38,7 @@ _QUALITIES = (50, 35, 20, 0)
 _MAX_THUMBNAIL_BYTES = 16_384
 """136 thumbnails are then at most 3 MB in base 64."""
 _MAX_IMAGE_BYTES = 64 * 2**20
+_MAX_IMAGE_PIXELS = 2**30
 """Larger images have no thumbnail."""
 _FETCHERS = 4
 _MAX_DECODING_S = 5.0
@@ -81,9 +81,9 @@ def make(
     made: dict[int, Thumbnail] = {}
     deadline = time.monotonic() + seconds
     limits, recipe = job.frozen.job.limits, job.frozen.job.session.card.recipe
-    limits = replace(
-        limits,
-        max_bytes=min(limits.max_bytes, _MAX_IMAGE_BYTES),
+    limits = Limits(  # the images were within the job's, which may have been raised meanwhile
+        max_pixels=max(limits.max_pixels, _MAX_IMAGE_PIXELS),
+        max_bytes=_MAX_IMAGE_BYTES,
         max_seconds=min(limits.max_seconds, _MAX_DECODING_S),
     )
     fetching = _Fetching(job, images, limits.max_bytes)

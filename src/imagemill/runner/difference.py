@@ -17,6 +17,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from imagemill.errors import printable
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import sources
@@ -108,7 +109,7 @@ def compare(
                     missing.add(index)
 
     def name(source: int, path: bytes) -> str:
-        return sources.shown(path) or opened[source].name
+        return printable(sources.shown(path) or opened[source].name, 1_000)
 
     def in_plan(number: int) -> str:
         row = job.row(number)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from imagemill.errors import printable
 from imagemill.job import plan
 from imagemill.job.columns import row_path
 from imagemill.job.open_job import OpenJob
@@ -65,7 +66,8 @@ def dry_run(settings: Settings) -> DryRun:
     def noting(entries: Iterator[Entry]) -> Iterator[Entry]:
         for entry in entries:
             if len(first) < MAX_NAMES:
-                first.append(sources.shown(row_path(settings.sources[entry.source], entry.path)))
+                path = row_path(settings.sources[entry.source], entry.path)
+                first.append(printable(sources.shown(path), 1_000))
             yield entry
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:

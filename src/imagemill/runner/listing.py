@@ -204,9 +204,15 @@ def access_of(settings: Settings) -> Access:
     return Access(sources.resolve_moved(settings.moved or ()), settings.user_agent)
 
 
-def at_new_places(opened: OpenJob, moved: Iterable[tuple[str, str]]) -> OpenJob:
-    """Return a job whose sources are read where `--moved` says. Raises: UsageError."""
-    access = Access(sources.resolve_moved(moved))
+def at_new_places(
+    opened: OpenJob, moved: Iterable[tuple[str, str]], user_agent: str | None = None
+) -> OpenJob:
+    """Return a job whose sources are read as `--moved` and `--user-agent` say.
+
+    Raises:
+        UsageError: `--moved` makes no sense.
+    """
+    access = Access(sources.resolve_moved(moved), user_agent)
     check_moved(opened.frozen.job.sources, access, opened.all_rows())
     return opened.with_access(access)
 

@@ -184,7 +184,7 @@ def _compare(
     job, session = frozen.job, frozen.job.session
     card, recipe = session.card, session.card.recipe
     yield "top_k", job.top_k, settings.top_k
-    yield "save", sorted(session.save), settings.save and sorted(settings.save)
+    yield "save", sorted(session.save), None if settings.save is None else sorted({*settings.save})
     names = sources.resolve_kept(settings.keep or ())
     keep = sorted(str(Kept(*pair)) for pair in names.items())
     yield "keep", sorted(map(str, job.keep)), None if settings.keep is None else keep

@@ -187,6 +187,7 @@ def _carry_out(
             report.attempt(opened, watcher.notify)
         return _report_finished(settings, opened, summary, watcher, found)
     store.remove(paths.summary)
+    store.remove(paths.manifest)  # parts may change
     store.remove(paths.retired)
     if settings.retry_failed is not None:
         store.remove(paths.score)  # of rows that change
@@ -225,7 +226,8 @@ def _carry_out(
         with contextlib.suppress(OSError):
             paths.pace.unlink(missing_ok=True)
     paths.sweep()  # workers that died have left temporary files
-    totals = opened.close(outcome.receipts, partial(sources.as_line, job.sources))
+    as_line = partial(sources.as_line, job.sources, access=job.access)
+    totals = opened.close(outcome.receipts, as_line)
     if totals.unlisted:
         are = "is" if totals.unlisted == 1 else "are"
         watcher.notify(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final
@@ -16,7 +17,7 @@ from imagemill.errors import SourceError, UsageError, printable
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.sources import Source, open_all
 from imagemill.pipeline.sources.parquet import ParquetSource
-from imagemill.pipeline.sources.table import PATH_COLUMNS, TableSource, split_column
+from imagemill.pipeline.sources.table import PATH_COLUMNS, TableSource
 from imagemill.pipeline.sources.tar import TarSource
 from imagemill.records import Access, Shard
 from imagemill.scoring import places
@@ -224,7 +225,8 @@ def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Keyed:
             if isinstance(source, TableSource):
                 path = source.path_column(table.columns())
                 for paths, labels in table.batches(path, column, any_bytes=True):
-                    yield [places.own_path(name, p or "") for p in paths.to_pylist()], labels
+                    # A row without a path is no image that could be found by it.
+                    yield [places.own_path(name, p) if p else "" for p in paths.to_pylist()], labels
                 continue
             row = 0
             for (labels,) in table.batches(column):
@@ -242,13 +244,15 @@ def of_column(job: OpenJob, shards: Sequence[Shard], truth: Truth) -> Keyed:
 def _rows(job: OpenJob, shards: Sequence[Shard], column: str) -> Iterator[tuple[list[str], Any]]:
     """Yield keys of images, and their values in a column of the rows."""
     for _, table in job.tables(shards, ["source", "path", column]):
-        rows = zip(table["source"].to_pylist(), table["path"].to_pylist(), strict=True)
+        rows = list(zip(table["source"].to_pylist(), table["path"].to_pylist(), strict=True))
         labels = table[column].combine_chunks().cast(pa.string())
-        yield [places.own_path(source, path) for source, path in rows], labels
+        is_row = [bool(path) or not source.startswith("@") for source, path in rows]
+        keys = zip(rows, is_row, strict=True)
+        yield [places.own_path(*row) if named else "" for row, named in keys], labels
 
 
 def _table(source: ParquetSource | TableSource, access: Access) -> Table:
-    location, _ = split_column(source.name.removeprefix("@"))
+    location = os.fsdecode(source.location)
     return Table(location, location, access)
 
 

@@ -382,12 +382,14 @@ def named_path(source: str, path: bytes) -> bytes:
     return path if source.startswith("@") else path.partition(b"/")[2]
 
 
-def as_line(resolved: Sequence[str], position: int, path: bytes) -> bytes | None:
+def as_line(
+    resolved: Sequence[str], position: int, path: bytes, access: Access = AS_GIVEN
+) -> bytes | None:
     """Return the line of a list that means this image of a source; None if it is inside an archive
-    or table, which no line can name.
+    or table, which no line can name. `access` says where the source is now.
     """
     source = resolved[position]
-    if isinstance(_open(0, source), ZipSource | TarSource | ParquetSource):
+    if isinstance(_open(0, relocated(source, access)), ZipSource | TarSource | ParquetSource):
         return None
     if source.startswith("@"):
         return storage.beside(os.fsencode(without_column(source)), path) if path else None

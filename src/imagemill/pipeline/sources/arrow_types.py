@@ -96,7 +96,9 @@ def plain_values(array: Any, goal: Any) -> list[Any]:
     array = plain_array(array)
     if pa.types.is_string(goal) and is_text(array.type):
         texts = array.cast(pa.large_binary()).to_pylist()  # perhaps not UTF-8
-        return [text and text.decode("utf-8", "backslashreplace") for text in texts]
+        return [
+            None if text is None else text.decode("utf-8", "backslashreplace") for text in texts
+        ]
     found: list[Any] = array.cast(goal).to_pylist()
     return found
 

@@ -273,9 +273,9 @@ class OpenTable:
         for batch in self.file.iter_batches(
             batch_size=rows, row_groups=[group], columns=[column], use_threads=False
         ):
-            # `a` also brings a column `a.b`.
-            is_whole = column in batch.schema.names
-            array = batch.column(column if is_whole else column.rpartition(".")[0])
+            # `a` also brings a column `a.b`, and a struct `a` may stand beside a column `a.b`.
+            struct = column.rpartition(".")[0]
+            array = batch.column(struct if struct in batch.schema.names else column)
             if pa.types.is_struct(array.type):
                 (array,) = array.flatten()
             array = plain_array(array)

@@ -126,15 +126,22 @@ class TarSource:
         """
         try:
             _, stream = self._stream()
+            earlier = OrderedDict[bytes, str]()  # for hard links
             for member in _members(stream):
-                if member.isreg() and member.name.endswith(suffix):
-                    name = shown(_bare(member.name))
+                linked = earlier.get(_bare(member.linkname))
+                name = shown(_bare(member.name))
+                if member.type == tarfile.LNKTYPE and linked is not None:
+                    yield name, linked
+                elif member.isreg() and member.name.endswith(suffix):
                     if member.size > _MAX_TEXT:
                         raise SourceError(
                             f"source {self.name}: member {name} has {member.size:,} bytes, more"
                             f" than the {_MAX_TEXT:,} of a text that is read."
                         )
-                    yield name, shown(stream.read(member.size))
+                    earlier[_bare(member.name)] = text = shown(stream.read(member.size))
+                    if len(earlier) > _LINK_WINDOW:
+                        earlier.popitem(last=False)
+                    yield name, text
         except OSError as error:
             raise cannot_read(self.name, error, "a tar archive") from error
 
@@ -158,8 +165,8 @@ class TarSource:
         self, stream: _Stream, filters: Filters, skipped: Skipped
     ) -> Iterator[samples.Member]:
         chosen = chooser(filters, skipped)
-        earlier = OrderedDict[bytes, tuple[int, bytes]]()
-        """Name → size and locator of the last members that are files, for hard links."""
+        earlier = OrderedDict[bytes, tuple[int, bytes, bytes | None]]()
+        """Name → size, locator and text of the last members that are files, for hard links."""
         for member in _members(stream):
             name, link = _bare(member.name), _bare(member.linkname)
             if member.type in _IGNORED or name.endswith(b"/"):
@@ -169,7 +176,7 @@ class TarSource:
                 error = b"is stored as a sparse file. Pack without --sparse"
                 locator = bytes([_UNSUPPORTED]) + error
             elif member.type == tarfile.LNKTYPE and link in earlier:
-                size, locator = earlier[link]
+                size, locator, data = earlier[link]
             elif member.type in _NO_FILES:
                 error = _NO_FILES[member.type].format(shown(link), _LINK_WINDOW).encode()
                 locator = bytes([_READ_ERROR]) + error
@@ -185,7 +192,7 @@ class TarSource:
                     crc = crc if data is None else zlib.crc32(data)
                 locator = _LOCATOR.pack(kind, start, size, member.header_crc, crc)
             if size >= 0:
-                earlier[name] = (size, locator)
+                earlier[name] = (size, locator, data)
                 if len(earlier) > _LINK_WINDOW:
                     earlier.popitem(last=False)
             entry = Entry(self._position, name, size, locator=locator) if chosen(name) else None
