@@ -133,7 +133,7 @@ def test_a_network_of_transformers_is_exported_once_and_answers_as_in_pytorch(
 
 @pytest.mark.process
 def test_a_network_of_timm_is_exported_once_and_answers_as_in_pytorch(tmp_path: Path) -> None:
-    if not imports("torch", "timm"):
+    if not importlib.util.find_spec("timm") or not imports("torch", "timm"):
         pytest.skip(
             "needs timm, and a torchvision that fits torch: pip install 'imagemill[export]'"
         )

@@ -71,6 +71,7 @@ def settings_for(source: Path, out: Path, models_dir: Path, **changes: Any) -> S
         model="tiny",
         models_dir=str(models_dir),
         save=("logits", "embedding"),
+        report=False,
         **changes,
     )
 

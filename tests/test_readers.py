@@ -16,7 +16,6 @@ import helpers
 import sample_images
 from imagemill.records import Settings
 from imagemill.runner import run
-from tiny import Finished
 
 pytestmark = pytest.mark.ecosystem
 
@@ -124,13 +123,3 @@ def test_pandas_reads_it(output: Path) -> None:
 def test_hugging_face_datasets_reads_it(output: Path, tmp_path: Path) -> None:
     """Offline; all parts have one schema, the one without a good image too."""
     check_datasets(output, tmp_path)
-
-
-def test_all_four_read_the_run_over_the_photographs(
-    photographs_run: Finished, tmp_path: Path
-) -> None:
-    """Each of them gets the 328 rows."""
-    check_duckdb(photographs_run.output)
-    check_polars(photographs_run.output)
-    check_pandas(photographs_run.output)
-    check_datasets(photographs_run.output, tmp_path)

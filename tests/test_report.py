@@ -838,7 +838,7 @@ def test_the_keyboard_reaches_everything(reported: Reported, opened: Pages) -> N
     shown.keyboard.press("Enter")
     assert shown.evaluate("location.hash") == "#main"
     stops = set()
-    for _ in range(180):
+    for _ in range(90):
         shown.keyboard.press("Tab")
         name, outline = shown.evaluate(
             "[document.activeElement.id || document.activeElement.tagName,"

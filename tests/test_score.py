@@ -840,6 +840,8 @@ def test_rows_without_a_path_are_no_image(make: Make, tmp_path: Path) -> None:
     """Two of them with different labels do not contradict each other."""
     text = "path,label\nx/a.jpg,cat\n,dog\n,hen\nx/b.jpg,dog\n"
     source = write(tmp_path / "list.csv", text)
-    found = score(make({"x/a.jpg": (0, 0.9), "x/b.jpg": (1, 0.9), "": Status.MISSING}, source), "column:label")
+    found = score(
+        make({"x/a.jpg": (0, 0.9), "x/b.jpg": (1, 0.9), "": Status.MISSING}, source), "column:label"
+    )
     assert (found.top1.correct, found.labelled) == (2, 2)
     assert "classes" not in found.omitted

@@ -48,7 +48,7 @@ def neighbours(output: Path) -> dict[str, object]:
             "crashed_decoder",
             "the decoder was killed by SIGSEGV, twice in a process of its own",
         ),
-        ("hang", "timeout", "decoding took more than 3 s, twice in a process of its own"),
+        ("hang", "timeout", "decoding took more than 2 s, twice in a process of its own"),
         ("oom", "too_large", "not enough memory to decode it"),
     ],
 )
@@ -63,7 +63,7 @@ def test_a_deadly_image_is_a_row_and_its_neighbours_keep_their_answers(
     with_it = helpers.fill(tmp_path / "with", good() | dict.fromkeys(deadly, data))
     without = helpers.fill(tmp_path / "without", good())
     env = helpers.environment(PYTHONPATH=helpers.FAULTY_DECODERS)
-    limit = ("--max-seconds", "3") if fault == "hang" else ()
+    limit = ("--max-seconds", "2") if fault == "hang" else ()
     arguments = ("--output", tmp_path / "out", "--num-workers", "2", "--json", *limit)
     result = null_run(with_it, *arguments, env=env)
     assert result.code == 0, result
