@@ -281,9 +281,9 @@ def test_each_setting_that_decides_something_is_compared_on_resume(
         ),
         (
             "tiny",
-            {"source": "file", "file": "/nets/my best.pth", "published": None},
-            "`imagemill get-model tiny --from '/nets/my best.pth' --models-dir HERE`, with the same"
-            " values",
+            {"source": "file", "file": "best.pth", "published": None},
+            "`imagemill get-model tiny --from FILE --models-dir HERE`, with the same values; FILE is"
+            " your best.pth",
         ),
         (
             "tiny",

@@ -295,6 +295,9 @@ def test_what_was_sorted_before_its_original_went_stays(
         assert sort.sort(job, tmp_path / "into", link=link) == replace(done, made=0)
         assert content(tmp_path / "into") == before
         assert len(manifest(tmp_path / "into")) == 2
+    (tmp_path / "into" / "cat~0" / "0-9.jpg").write_bytes(b"edited, and longer")
+    sort.sort(job, tmp_path / "into", link=link)
+    assert content(tmp_path / "into")["cat~0/0-9.jpg"] == "edited, and longer"
 
 
 @pytest.mark.parametrize("link", list(Link))

@@ -144,6 +144,12 @@ def test_filters_choose_by_name_or_by_path(
         ("with everything in them", {"exclude": ("thumbs",)}, b"a/thumbs2/1.jpg", True),
         ("with everything in them", {"exclude": ("*.com",)}, b"https://ex.com/1.jpg", True),
         ("with everything in them", {"exclude": ("b",)}, b"https://ex.com/b/1.jpg", False),
+        (
+            "with everything in them",
+            {"exclude": ("https://*.com/",)},
+            b"https://ex.com/1.jpg",
+            False,
+        ),
         ("Capital and small letters differ", {"include": ("*.png",)}, b"a.PNG", False),
         ("one of `--include`", {"include": ("*.png", "*.jpg")}, b"a.jpg", True),
         ("none of `--exclude`", {"include": ("*",), "exclude": ("b*", "a*")}, b"a.jpg", False),

@@ -149,7 +149,7 @@ def score(
 
     job = OpenJob.open(output)
     if moved:
-        job = listing.at_new_places(job, [(old, os.fspath(new)) for old, new in moved.items()])
+        job = listing.at_new_places(job, [(os.fspath(a), os.fspath(b)) for a, b in moved.items()])
     found = scoring.score(job, os.fspath(truth))
     reports.add_score(job, found, _log.info, rewrite=report)
     return found

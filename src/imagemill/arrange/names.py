@@ -46,13 +46,13 @@ def folders(values: Iterable[tuple[Id, str]]) -> Mapping[Id, str]:
     If the names of several values would be the same folder, also on a file system that ignores
     case, each gets its id, or the hash of a long one, behind the name.
     """
-    found = {value: usable(text) for value, text in values}
-    while True:  # `crane~1` may be a name, too
-        used = Counter([fold(RESERVED), *map(fold, found.values())])
+    found, length = {value: usable(text) for value, text in values}, 0
+    while True:  # `crane~1` may be a name, too, and short hashes may be equal
+        used, length = Counter([fold(RESERVED), *map(fold, found.values())]), length + 8
         if max(used.values()) == 1:
             return found
         found = {
-            value: name if used[fold(name)] == 1 else f"{name}~{_mark(value)}"
+            value: name if used[fold(name)] == 1 else f"{name}~{_mark(value, length)}"
             for value, name in found.items()
         }
 
@@ -62,7 +62,7 @@ def fold(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
-def _mark(value: object) -> str:
+def _mark(value: object, length: int) -> str:
     if isinstance(value, int):
         return str(value)
-    return hashlib.sha256(str(value).encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    return hashlib.sha256(str(value).encode("utf-8", "backslashreplace")).hexdigest()[:length]

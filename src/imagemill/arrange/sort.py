@@ -297,7 +297,8 @@ def _among(file: str, hashes: NDArray[np.int64]) -> bool:
 
 def _identity(row: Mapping[str, Any]) -> str:
     """Return which image a row of the manifest says a file is."""
-    return "\0".join(str(row[name]) for name in ("file", "index", "source", "path"))
+    place = row["path"] or f"#{row['index']}"
+    return f"{row['file']}\0{row['source']}\0{place}"
 
 
 def _rows_before(into: Path) -> Iterator[dict[str, Any]]:
@@ -387,7 +388,8 @@ def _make(
             try:
                 maker.write(future.result(), os.fsencode(into / image.file))
             except BadImage as bad:
-                fail(image, f"{bad.status}: {bad.error}")
+                if not (into / image.file).is_file():  # else it stays what it is
+                    fail(image, f"{bad.status}: {bad.error}")
 
     def fail(image: _Image, why: str) -> None:
         lost[image.folder] += 1
@@ -409,9 +411,9 @@ def _make(
                         finish(_FETCHING)
                 elif os.path.isfile(place):  # noqa: PTH113 - bytes
                     maker.make(place, target)
-                elif not maker.has_copy(target, planned.size):
+                elif not os.path.isfile(target):  # noqa: PTH113 - a link to nowhere, or nothing
                     with contextlib.suppress(FileNotFoundError):
-                        os.unlink(target)  # noqa: PTH108 - a link to nowhere
+                        os.unlink(target)  # noqa: PTH108
                     fail(image, "missing: it was there when it was classified")
             finish(0)
         finally:

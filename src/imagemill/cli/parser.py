@@ -46,9 +46,9 @@ class Parser(argparse.ArgumentParser):
     """What the user typed."""
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """Refuse blank texts: `--into "$UNSET"` would mean the current folder."""
-        is_command = action.nargs == argparse.PARSER  # whose parser looks at the other texts
-        if not is_command and any(not text.strip() for text in arg_strings):
+        """Refuse blank places: `--into "$UNSET"` would mean the current folder."""
+        is_place = str(action.metavar).startswith(("DIR", "FOLDER", "FILE", "SOURCE"))
+        if is_place and any(not text.strip() for text in arg_strings):
             raise argparse.ArgumentError(
                 action, "is empty. If it comes from a variable of the shell, that is not set"
             )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec.structs import replace
 
-from imagemill.errors import ModelError, OutputError, counted, quoted
+from imagemill.errors import ModelError, OutputError, counted, printable, quoted
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system import files, serialization, userdirs
 
@@ -136,7 +136,8 @@ def made_again(card: Card, folder: Path) -> str:
         case "folder" | "hub":
             return f"{command} --from {source}{where}`"
         case "file" if not origin.get("published"):
-            return f"{command} --from {quoted(origin.get('file'))}{where}`, with the same values"
+            file = f"FILE is your {printable(origin.get('file'))}"
+            return f"{command} --from FILE{where}`, with the same values; {file}"
         case "url" if not origin.get("published"):
             return f"{command} --url {quoted(origin.get('url'))}{where}`, with the same values"
         case "random":

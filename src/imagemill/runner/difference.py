@@ -40,7 +40,9 @@ class Named(Struct, frozen=True):
 
     def __str__(self) -> str:
         more = self.count - len(self.names)
-        return ", ".join(self.names) + (f" and {more:,} more" if more else "")
+        return ", ".join(printable(name, 1_000) for name in self.names) + (
+            f" and {more:,} more" if more else ""
+        )
 
 
 class Difference(Struct, frozen=True):
@@ -109,7 +111,7 @@ def compare(
                     missing.add(index)
 
     def name(source: int, path: bytes) -> str:
-        return printable(sources.shown(path) or opened[source].name, 1_000)
+        return sources.shown(path) or opened[source].name
 
     def in_plan(number: int) -> str:
         row = job.row(number)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from imagemill.errors import printable
 from imagemill.job import plan
 from imagemill.job.columns import row_path
 from imagemill.job.open_job import OpenJob
@@ -67,7 +66,7 @@ def dry_run(settings: Settings) -> DryRun:
         for entry in entries:
             if len(first) < MAX_NAMES:
                 path = row_path(settings.sources[entry.source], entry.path)
-                first.append(printable(sources.shown(path), 1_000))
+                first.append(sources.shown(path))
             yield entry
 
     with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:

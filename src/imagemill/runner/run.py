@@ -187,10 +187,10 @@ def _carry_out(
             report.attempt(opened, watcher.notify)
         return _report_finished(settings, opened, summary, watcher, found)
     store.remove(paths.summary)
-    store.remove(paths.manifest)  # parts may change
     store.remove(paths.retired)
     if settings.retry_failed is not None:
-        store.remove(paths.score)  # of rows that change
+        store.remove(paths.manifest)
+        store.remove(paths.score)  # both are of rows that change
     resumed = sum(shard.count for shard in opened.shards if shard.number in done)
     if done:
         watcher.notify(f"resuming: {resumed:,} of {frozen.images:,} images are done")

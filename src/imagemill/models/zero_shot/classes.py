@@ -43,6 +43,8 @@ _VERSION: Final = 1
 _PREFIX: Final = "classes/"
 """Of the tensors of the last layer."""
 _REPORT_S: Final = 10.0
+_WITH_DATA_BESIDE: Final = 2**26
+"""Bytes. A larger graph holds its weights itself, and is not searched for files beside it."""
 """Seconds between two lines about the text tower's progress."""
 
 
@@ -186,7 +188,10 @@ def _key(
     """Return a hash of everything that decides the model."""
     files = [towers.folder / "tokenizer.json"]
     for graph in (towers.image_file, towers.text_file):
-        files += [graph, *sorted(graph.parent.glob(f"{graph.name}[._]data*"))]
+        files.append(graph)
+        if graph.stat().st_size < _WITH_DATA_BESIDE:
+            names = wrap.external_files(graph, wrap.parse(graph))
+            files += [graph.parent / name for name in names]
     values = [
         _VERSION,
         [bundles.sha256(file) for file in files if file.is_file()],

@@ -389,7 +389,7 @@ def as_line(
     or table, which no line can name. `access` says where the source is now.
     """
     source = resolved[position]
-    if isinstance(_open(0, relocated(source, access)), ZipSource | TarSource | ParquetSource):
+    if isinstance(_open(0, source, access=access), ZipSource | TarSource | ParquetSource):
         return None
     if source.startswith("@"):
         return storage.beside(os.fsencode(without_column(source)), path) if path else None

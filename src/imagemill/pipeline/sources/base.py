@@ -172,6 +172,7 @@ def matcher(filters: Filters) -> Callable[[bytes], bool]:
         ]
 
     include, exclude = compiled(filters.include), compiled(filters.exclude)
+    whole = [rule for rule in exclude if rule[0]]
 
     def matches(rules: list[tuple[bool, re.Pattern[str]]], path: str) -> bool:
         name = path.rpartition("/")[2]
@@ -179,8 +180,13 @@ def matcher(filters: Filters) -> Callable[[bytes], bool]:
 
     @lru_cache(_FOLDERS_REMEMBERED)
     def is_closed(folder: bytes) -> bool:
-        above = _SLASH.finditer(folder, _HOST.match(folder).end())  # type: ignore[union-attr]
-        return any(matches(exclude, os.fsdecode(folder[: slash.start()])) for slash in above)
+        host = _HOST.match(folder)
+        assert host is not None
+        for slash in _SLASH.finditer(folder):
+            rules = exclude if slash.start() >= host.end() else whole  # a host is no folder
+            if matches(rules, os.fsdecode(folder[: slash.start()])):
+                return True
+        return False
 
     def wanted(path: bytes) -> bool:
         text = os.fsdecode(path.rstrip(b"/"))

@@ -66,7 +66,7 @@ _LOCATOR = struct.Struct(">III")
 """Row group, row in it, CRC-32 of the footer; so that locators sort as the rows do."""
 _BATCH_BYTES = 4 * 2**20
 _KEPT_BYTES = 32 * 2**20
-_DICTIONARY_ROWS = 64
+_DICTIONARY_ROWS = 32
 """Rows of a batch that may be one large image each time, as in tables of questions about images."""
 _BUFFER_BYTES = 4 * 2**20
 _LISTED_ROWS = 4_096
@@ -273,9 +273,9 @@ class OpenTable:
         for batch in self.file.iter_batches(
             batch_size=rows, row_groups=[group], columns=[column], use_threads=False
         ):
-            # `a` also brings a column `a.b`, and a struct `a` may stand beside a column `a.b`.
-            struct = column.rpartition(".")[0]
-            array = batch.column(struct if struct in batch.schema.names else column)
+            # `a` also brings a column `a.b`.
+            is_whole = column in batch.schema.names
+            array = batch.column(column if is_whole else column.rpartition(".")[0])
             if pa.types.is_struct(array.type):
                 (array,) = array.flatten()
             array = plain_array(array)

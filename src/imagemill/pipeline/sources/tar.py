@@ -44,6 +44,7 @@ _MAX_MEMBER = 2**60
 _MAX_TEXT = 2**16
 """Bytes of a member that `texts` reads."""
 _LINK_WINDOW = 16_384
+_KEPT_TEXTS = 16 * 2**20
 _LOCATOR = struct.Struct("<BQQLL")
 """_PLAIN or _PACKED, offset and length of the data, the CRC-32 of the header before them and, if
 packed, of the data.
@@ -72,6 +73,30 @@ _NO_FILES = {
 _DECIMAL = re.compile(r"[0-9]{1,20}")
 _DOT_SLASH = re.compile(rb"^(?:\./+)+(?=.)", re.DOTALL)
 _PAX_RECORD = re.compile(rb"([0-9]{1,9}) ")
+
+
+class _Texts:
+    """The last texts of an archive, for hard links to them: at most `_KEPT_TEXTS` bytes."""
+
+    def __init__(self) -> None:
+        self._by_name = OrderedDict[bytes, bytes]()
+        self._bytes = 0
+
+    def add(self, name: bytes, data: bytes) -> None:
+        """Keep a text."""
+        self._bytes += len(data) - len(self._by_name.pop(name, b""))
+        self._by_name[name] = data
+        while self._bytes > _KEPT_TEXTS:
+            self._bytes -= len(self._by_name.popitem(last=False)[1])
+
+    def of(self, name: bytes, shown_as: str) -> bytes:
+        """Return the text of a member. Raises: SourceError."""
+        if name not in self._by_name:
+            raise SourceError(
+                f"{shown_as} is a hard link to {shown(name)!r}, which is not among the last texts"
+                " before it. Pack with --hard-dereference."
+            )
+        return self._by_name[name]
 
 
 class TarSource:
@@ -126,22 +151,23 @@ class TarSource:
         """
         try:
             _, stream = self._stream()
-            earlier = OrderedDict[bytes, str]()  # for hard links
+            texts = _Texts()
             for member in _members(stream):
-                linked = earlier.get(_bare(member.linkname))
+                if not member.name.endswith(suffix):
+                    continue
                 name = shown(_bare(member.name))
-                if member.type == tarfile.LNKTYPE and linked is not None:
-                    yield name, linked
-                elif member.isreg() and member.name.endswith(suffix):
+                if member.type == tarfile.LNKTYPE:
+                    link = _bare(member.linkname)
+                    yield name, shown(texts.of(link, f"source {self.name}: member {name}"))
+                elif member.isreg():
                     if member.size > _MAX_TEXT:
                         raise SourceError(
                             f"source {self.name}: member {name} has {member.size:,} bytes, more"
                             f" than the {_MAX_TEXT:,} of a text that is read."
                         )
-                    earlier[_bare(member.name)] = text = shown(stream.read(member.size))
-                    if len(earlier) > _LINK_WINDOW:
-                        earlier.popitem(last=False)
-                    yield name, text
+                    data = stream.read(member.size)
+                    texts.add(_bare(member.name), data)
+                    yield name, shown(data)
         except OSError as error:
             raise cannot_read(self.name, error, "a tar archive") from error
 
@@ -165,8 +191,9 @@ class TarSource:
         self, stream: _Stream, filters: Filters, skipped: Skipped
     ) -> Iterator[samples.Member]:
         chosen = chooser(filters, skipped)
-        earlier = OrderedDict[bytes, tuple[int, bytes, bytes | None]]()
-        """Name → size, locator and text of the last members that are files, for hard links."""
+        earlier = OrderedDict[bytes, tuple[int, bytes]]()
+        """Name → size and locator of the last members that are files, for hard links."""
+        texts = _Texts()
         for member in _members(stream):
             name, link = _bare(member.name), _bare(member.linkname)
             if member.type in _IGNORED or name.endswith(b"/"):
@@ -176,7 +203,9 @@ class TarSource:
                 error = b"is stored as a sparse file. Pack without --sparse"
                 locator = bytes([_UNSUPPORTED]) + error
             elif member.type == tarfile.LNKTYPE and link in earlier:
-                size, locator, data = earlier[link]
+                size, locator = earlier[link]
+                if samples.is_wanted(self.name, name, size, self._keeper):
+                    data = texts.of(link, f"source {self.name}: member {shown(name)}")
             elif member.type in _NO_FILES:
                 error = _NO_FILES[member.type].format(shown(link), _LINK_WINDOW).encode()
                 locator = bytes([_READ_ERROR]) + error
@@ -187,12 +216,13 @@ class TarSource:
                     data = stream.read(size)
                     if stream.is_short:
                         raise stream.cut(f"member {shown(name)}")
+                    texts.add(name, data)
                 if stream.is_packed:  # it has to be unpacked anyway
                     kind, crc = _PACKED, stream.checksum(start + size, member)
                     crc = crc if data is None else zlib.crc32(data)
                 locator = _LOCATOR.pack(kind, start, size, member.header_crc, crc)
             if size >= 0:
-                earlier[name] = (size, locator, data)
+                earlier[name] = (size, locator)
                 if len(earlier) > _LINK_WINDOW:
                     earlier.popitem(last=False)
             entry = Entry(self._position, name, size, locator=locator) if chosen(name) else None
