@@ -23,8 +23,8 @@ install: $(DEV)  ## install imagemill and what the tests need
 test: $(DEV)  ## install what the tests need and run them
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-unit: $(DEV)  ## the tests that need no process, server or whole network: a minute or two
-	$(BIN)/python -m pytest $(PARALLEL) -m 'unit and not large and not gpu'
+test-unit: $(DEV)  ## the tests that need no process, server or whole network: about a minute
+	$(BIN)/python -m pytest $(PARALLEL) -m 'unit and not large and not gpu' --ignore-glob='*/test_torch_*' --ignore-glob='*/test_cuda*'
 
 test-large: $(DEV)  ## the tests that take gigabytes or long, before a release
 	$(BIN)/python -m pytest -m large

@@ -41,6 +41,7 @@ def test_wilson_gives_the_intervals_of_scipy(
     assert wilson(successes, trials) == pytest.approx((low, high), abs=5e-5)
 
 
+@pytest.mark.process
 @given(st.integers(0, 5000), st.data())
 def test_wilson_holds_the_share_and_lies_in_the_unit_interval(
     trials: int, data: st.DataObject

@@ -741,6 +741,7 @@ def test_missing_files_and_no_items(classifier: imagemill.Classifier, tmp_path: 
     assert classifier.predict([]) == []
 
 
+@pytest.mark.process
 def test_threads_may_share_a_classifier(classifier: imagemill.Classifier) -> None:
     """Each gets the answers to its own images, in order."""
     data = [
@@ -833,6 +834,7 @@ def test_a_stream_answers_in_order_while_items_still_come(small: imagemill.Class
     answers.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.process
 def test_a_stream_and_predict_keep_few_images_in_memory(small: imagemill.Classifier) -> None:
     """Of arrays, images and bytes that are made one by one: as many as are decoded ahead, not
     all.

@@ -252,6 +252,7 @@ def test_damaged_png_pixels_are_never_ok() -> None:
     )
 
 
+@pytest.mark.process
 def test_mutated_images_are_judged_as_pillow_judges_them() -> None:
     """Of mutated files of all formats, none is ok that Pillow refuses, none is refused that it
     reads, and the pixels are the same.
@@ -990,6 +991,7 @@ def test_threads_give_the_same_bits() -> None:
         )
 
 
+@pytest.mark.process
 def test_decoding_releases_the_gil() -> None:
     """While a large image is decoded, another thread runs several times."""
     data = sample_images.encode(sample_images.photograph(3000, 2400), "JPEG")
@@ -1023,6 +1025,7 @@ def test_random_bytes_never_raise(data: bytes, magic: bytes) -> None:
     sound(decode(magic + data, SMALL, Limits(max_pixels=1_000_000)))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("which", range(14))
 def test_mutated_images_never_raise(which: int) -> None:
     """Flipped bits, cuts and splices of any format become an answer, the same one each time, and no
@@ -1048,6 +1051,7 @@ def test_mutated_images_never_raise(which: int) -> None:
 PHOTOGRAPHS = os.environ.get("IMAGEMILL_PHOTOGRAPHS", "")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="IMAGEMILL_PHOTOGRAPHS names no folder of photographs")
 @pytest.mark.parametrize("interpolation", list(Interpolation))
 def test_photographs_are_pillows(interpolation: Interpolation) -> None:

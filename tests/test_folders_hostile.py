@@ -214,6 +214,7 @@ def tree(folder: Path) -> Iterator[tuple[str, int]]:
         yield str(path), path.lstat().st_mtime_ns
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_folder_is_one_clear_line(name: str, tmp_path: Path) -> None:
     change, message = HOSTILE[name]

@@ -121,6 +121,7 @@ def test_weights_of_a_network_that_imagemill_builds_are_enough(
     assert made.card.origin["source"] == "folder"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("case", "config"),
     [
@@ -137,6 +138,7 @@ def test_a_variant_with_the_same_shapes_is_exported(
     check_export(with_weights(tmp_path / "net", case, **config), tmp_path, monkeypatch)
 
 
+@pytest.mark.process
 def test_a_resnet_of_another_depth_is_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

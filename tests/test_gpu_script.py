@@ -188,6 +188,7 @@ def test_targets_are_judged(script: Any) -> None:
     assert len(targets.format_table(zero).splitlines()) == len(targets.TARGETS)
 
 
+@pytest.mark.process
 def test_the_limit_counts_every_number_once(script: Any, tmp_path: Path) -> None:
     """Bytes and operations of the rehearsal's network, counted by hand for one image in fp16."""
     pytest.importorskip("torch", reason="needs torch")

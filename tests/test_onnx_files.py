@@ -535,6 +535,7 @@ def headless(**outputs: list[Any]) -> onnx.ModelProto:
     return model
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("outputs", "length", "origin"),
     [

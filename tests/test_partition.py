@@ -49,6 +49,7 @@ def numbered(folder: Path, count: int) -> Path:
     return make(folder, *(f"{number:03d}.jpg" for number in range(count)))
 
 
+@pytest.mark.process
 @given(count=st.integers(1, 40), partitions=st.integers(1, 12))
 def test_sizes_differ_by_at_most_one_and_nothing_is_dropped(
     count: int, partitions: int, tmp_path_factory: pytest.TempPathFactory

@@ -33,6 +33,7 @@ def listing(groups: list[int]) -> list[Entry]:
     ]
 
 
+@pytest.mark.process
 @examples(max_examples=60)
 @given(
     groups=st.lists(st.integers(0, 40), min_size=1, max_size=6),

@@ -41,6 +41,7 @@ def difference(image: Image.Image, recipe: Recipe) -> int:
     return int(np.abs(out.astype(int) - reference_pixels(image, recipe)).max())
 
 
+@pytest.mark.process
 @settings(max_examples=150, deadline=None)
 @given(width=st.integers(2, 700), height=st.integers(2, 700), recipe=RECIPES)
 def test_any_image_is_cropped_as_published(width: int, height: int, recipe: Recipe) -> None:

@@ -310,6 +310,7 @@ def deep(tmp_path: Path) -> tuple[Path, list[bytes]]:
     return tmp_path / "deep.parquet", data
 
 
+@pytest.mark.process
 def test_any_order_from_any_number_of_threads_gives_the_same_bytes(
     deep: tuple[Path, list[bytes]],
 ) -> None:
@@ -470,6 +471,7 @@ def test_images_that_are_stored_once_for_many_rows_take_no_more_memory(tmp_path:
     assert pa.total_allocated_bytes() - before < 80e6
 
 
+@pytest.mark.process
 def test_no_flipped_bytes_end_the_process(tmp_path: Path) -> None:
     """Wherever they are: a SourceError, a bad row, or bytes that the decoder judges."""
     random_bytes = random.Random(1)

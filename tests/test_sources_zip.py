@@ -288,6 +288,7 @@ def test_a_bad_member_is_its_own_row_and_says_why(case: str, tmp_path: Path) -> 
     assert found[1].startswith(expected), found[1]
 
 
+@pytest.mark.process
 def test_a_bomb_takes_no_memory(tmp_path: Path) -> None:
     """64 MiB of zeros behind a size of 99 bytes are not unpacked, by none of the methods."""
     zeros = bytes(2**26)
@@ -326,6 +327,7 @@ def test_overlapping_members_cost_no_more_than_each_for_itself(tmp_path: Path) -
     assert found == [SOUND] * 500 + ["corrupt"] * 500
 
 
+@pytest.mark.process
 def test_more_members_than_16_bits_count_are_all_listed(tmp_path: Path) -> None:
     """Old writers let the count run over: 65,540 members of which the end record says 4."""
     path = by_hand(tmp_path, *(Member(b"%d.jpg" % number, b"") for number in range(65_540)))
@@ -410,6 +412,7 @@ def test_a_finder_zip_beyond_4_gib_is_read(tmp_path: Path) -> None:
     assert str(fetched(source, entries[0])).startswith("corrupt: ")
 
 
+@pytest.mark.process
 def test_a_finder_zip_of_more_members_than_16_bits_is_read(tmp_path: Path) -> None:
     """Counts and offsets have both wrapped around."""
     names = [f"{number}.jpg" for number in range(65_540)]
@@ -557,6 +560,7 @@ def test_what_is_no_regular_file_or_is_gone_is_one_clear_error(tmp_path: Path) -
     assert read(tmp_path / "folder.zip") == [(b"a.jpg", SOUND)]
 
 
+@pytest.mark.process
 def test_any_damage_to_the_directory_ends_in_rows_or_one_clear_error(tmp_path: Path) -> None:
     """Four hundred archives with random bytes changed in directory and end record: no traceback,
     and no wrong image under any name.

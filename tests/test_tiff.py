@@ -50,6 +50,7 @@ def refused(data: bytes) -> str:
     return decoded.error
 
 
+@pytest.mark.process
 def test_grid_is_right_or_unsupported() -> None:
     """Every seventh file of the grid is read as tifffile reads it, or is unsupported;
     `benchmarks/tiff_grid.py` tries them all.

@@ -256,6 +256,7 @@ def test_a_scale_is_read_from_the_smallest_graph_of_both_towers(model: Any) -> N
     assert (found.scale, found.bias) == (5.0, -15.0)
 
 
+@pytest.mark.process
 def test_without_a_file_clip_has_the_published_scale_and_siglip_needs_flags(
     model: Any, labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

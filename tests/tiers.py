@@ -1,6 +1,6 @@
-"""The three tiers of tests: `unit` needs nothing but this process, `process` starts processes of
-imagemill or runs whole networks, and `ecosystem` needs a server, a browser, a cluster or the
-packages of other projects to compare with.
+"""The three tiers of tests: `unit` needs nothing but this process and takes no time, `process` starts
+processes of imagemill, runs whole networks or takes more than half a second, and `ecosystem` needs
+a server, a browser, a cluster or the packages of other projects to compare with.
 
 A test has the tier that it or its module is marked with, else that of its fixtures, else `unit`.
 """
