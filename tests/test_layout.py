@@ -90,6 +90,19 @@ def test_pieces_that_fail_leave_nothing_behind(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"failed.txt": b"old"}
 
 
+def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path: Path) -> None:
+    """Two nodes of a cluster may write one part, and have the same process id."""
+
+    def pieces() -> Iterator[bytes]:
+        yield b"one "
+        files.write_whole(tmp_path / "part", b"two")
+        yield b"more"
+
+    files.write_whole(tmp_path / "part", pieces())
+    assert (tmp_path / "part").read_bytes() == b"one more"
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
 @pytest.mark.parametrize("sync", [files.sync_file, files.sync_folder])
 def test_syncing_closes_what_it_opened(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sync: object

@@ -57,7 +57,8 @@ def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
         OutputError: the disk is full, read-only, over its quota or failing; nothing is left behind
         under the final name.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY_SUFFIX}")
+    # Not by process id: processes of two machines, or containers, may have the same one.
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}{_TEMPORARY_SUFFIX}")
     try:
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes | memoryview) else data)
