@@ -371,9 +371,8 @@ def test_few_images_are_shared_by_all_devices(
         *("bench", jpegs(12), "--model", "tiny", "--devices", "null:3"),
         *("--iterations", 1, "--json"),
     ).json
-    for what in ("end_to_end", "decode_only"):
-        shares = report[what]["devices"]
-        assert len(shares) == 3 and min(shares.values()) > 0, what
+    shares = report["decode_only"]["devices"]  # which get the shards in turn
+    assert len(shares) == 3 and min(shares.values()) > 0
 
 
 # What goes wrong.
