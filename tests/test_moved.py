@@ -102,7 +102,7 @@ def test_a_job_goes_on_where_its_sources_are_now(names: str, job: Jobs, tmp_path
 def test_commands_that_read_images_again_find_them_at_their_new_place(
     job: Jobs, jpegs: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The pictures of the report, and the images to sort."""
+    """The thumbnails of the report, and the images to sort."""
     folder, out = jpegs(3), tmp_path / "out"
     runner.run(job(folder, report=True, **OPTIONS))
     folder.rename(tmp_path / "moved")

@@ -300,21 +300,24 @@ def test_what_was_sorted_before_its_original_went_stays(
     assert content(tmp_path / "into")["cat~0/0-9.jpg"] == "edited, and longer"
 
 
+def job_of_cats(source: Path, models_dir: Path, unsure: bytes) -> OpenJob:
+    """A finished job beside its source. Paths that begin with `unsure` have probability 0.5."""
+    settings = made_jobs.settings_of(source, output=source.parent / "out", models_dir=models_dir)
+    return made_jobs.made_job(
+        settings,
+        made_jobs.tiny(models_dir),
+        lambda path: (0, 0.5 if path.startswith(unsure) else 0.9),
+        LABELS,
+    )
+
+
 @pytest.mark.parametrize("link", list(Link))
 def test_a_file_is_not_taken_for_another_image_whose_original_went(
     link: Link, models_dir: Path, tmp_path: Path
 ) -> None:
     """Names move between images of one name if fewer are chosen."""
     helpers.fill(tmp_path / "images", {"a/1.jpg": b"a", "b/1.jpg": b"b"})
-    settings = made_jobs.settings_of(
-        tmp_path / "images", output=tmp_path / "out", models_dir=models_dir
-    )
-    job = made_jobs.made_job(
-        settings,
-        made_jobs.tiny(models_dir),
-        lambda path: (0, 0.5 if path.startswith(b"a") else 0.9),
-        LABELS,
-    )
+    job = job_of_cats(tmp_path / "images", models_dir, unsure=b"a")
     assert sort.sort(job, tmp_path / "into", link=link).unreadable == 0
     assert content(tmp_path / "into") == {"cat~0/1.jpg": "a", "cat~0/1~1.jpg": "b"}
     (tmp_path / "images" / "b" / "1.jpg").unlink()
@@ -327,15 +330,7 @@ def test_a_name_that_means_another_image_gets_its_bytes(models_dir: Path, tmp_pa
     """Two images of one name and size in a table; the first one is left out the second time."""
     image = [{"bytes": data, "path": "cat.png"} for data in (b"1st", b"2nd")]
     pq.write_table(pa.table({"image": image}), tmp_path / "t.parquet")
-    settings = made_jobs.settings_of(
-        tmp_path / "t.parquet", output=tmp_path / "out", models_dir=models_dir
-    )
-    job = made_jobs.made_job(
-        settings,
-        made_jobs.tiny(models_dir),
-        lambda path: (0, 0.5 if path.startswith(b"00000000") else 0.9),
-        LABELS,
-    )
+    job = job_of_cats(tmp_path / "t.parquet", models_dir, unsure=b"00000000")
     into = tmp_path / "into"
     sort.sort(job, into)
     sort.sort(job, into, Choice(min_probability=0.8))

@@ -101,7 +101,7 @@ class RayPool:
         turn_s = max(_TURN_S, len(self._slots) / _TURNS_PER_S)
         dead = {event.device for event in self._held if isinstance(event.message, Died)}
         for slot in self._slots.values():
-            if slot.call is None and slot.device.name not in dead:  # nobody was told of it yet
+            if slot.call is None and slot.device.name not in dead:  # its death is not reported yet
                 slot.ask("turn", slot.outbox, turn_s)
                 slot.outbox = []
         calls = {slot.call: slot for slot in self._slots.values() if slot.call is not None}
