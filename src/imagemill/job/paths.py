@@ -22,6 +22,16 @@ _PART_PREFIX = "part-"
 _PART_SUFFIX = ".parquet"
 
 
+class _Below:
+    """The path of a name below the root of the `JobPaths` that it is an attribute of."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, paths: JobPaths, _: object) -> Path:
+        return paths.root / self._name
+
+
 class JobPaths(Struct, frozen=True):
     """The output folder of one job, or the local folder of a job in an object store."""
 
@@ -29,6 +39,41 @@ class JobPaths(Struct, frozen=True):
     log_dir: Path | None = None
     url: str = ""
     """Where the results are in an object store; empty: they are in `root`."""
+
+    job = _Below("job.json")
+    """The frozen job. A start writes it last, so if it exists, the plan is complete."""
+    plan = _Below("plan")
+    """The folder of the listing."""
+    appended = _Below("appended")
+    """The folder of the documents of further generations."""
+    spool = _Below("plan/.listing.arrow.tmp")
+    """The listing before it is cut into shards."""
+    plan_nonces = _Below("plan.nonces")
+    """The nonces of the generations of an object store whose plans `plan` holds now."""
+    predictions = _Below("predictions")
+    """The folder of the parts, which are both the results and the ledger."""
+    quarantine = _Below("quarantine")
+    """The folder that `verify --quarantine` moves damaged parts to."""
+    summary = _Below("summary.json")
+    """The summary, written when the job is complete."""
+    retired = _Below("retired.json")
+    """The devices that the latest start has stopped using. It exists only if there are any."""
+    pace = _Below("pace.json")
+    """How fast the running job is, for `imagemill status`. It exists only while it runs."""
+    manifest = _Below("manifest.json")
+    """The sha256 of every part. It can be rebuilt from the parts."""
+    failed_list = _Below("failed.txt")
+    """The paths of failed images, one a line: a list that can be a source again."""
+    report = _Below("report.html")
+    """The report, one self-contained page."""
+    score = _Below("score.json")
+    """How accurate the rows are, written by `imagemill score`."""
+    launch = _Below(f".launch{_TEMPORARY_SUFFIX}")
+    """A file by which workers on other machines check that they see the same output."""
+    fetching = _Below(".fetching")
+    """The lock of processes that fetch a plan from an object store to this machine."""
+    lock = _Below(".lock")
+    """The lock that the launcher holds while it runs."""
 
     @classmethod
     def of(cls, output: str, log_dir: str | None = None) -> JobPaths:
@@ -54,16 +99,6 @@ class JobPaths(Struct, frozen=True):
         """Return a path as messages show it: below the URL if it is below `root`."""
         return f"{self.output}/{self.key(path)}" if path.is_relative_to(self.root) else str(path)
 
-    @property
-    def job(self) -> Path:
-        """The frozen job. A start writes it last, so if it exists, the plan is complete."""
-        return self.root / "job.json"
-
-    @property
-    def plan(self) -> Path:
-        """The folder of the listing."""
-        return self.root / "plan"
-
     def generation(self, number: int) -> Path:
         """Return the folder of one generation's plan. The first generation is the job as it was
         frozen; `--append` makes further ones.
@@ -79,36 +114,11 @@ class JobPaths(Struct, frozen=True):
             for path in folder.glob("source-*"):
                 path.replace(self.plan / path.name)
 
-    @property
-    def appended(self) -> Path:
-        """The folder of the documents of further generations."""
-        return self.root / "appended"
-
     def appended_document(self, number: int) -> Path:
         """Return the document of a further generation. It is written last, so if it exists, the
         generation's plan is complete.
         """
         return self.appended / f"{number:06d}.json"
-
-    @property
-    def spool(self) -> Path:
-        """The listing before it is cut into shards."""
-        return self.plan / ".listing.arrow.tmp"
-
-    @property
-    def plan_nonces(self) -> Path:
-        """The nonces of the generations of an object store whose plans `plan` holds now."""
-        return self.root / "plan.nonces"
-
-    @property
-    def predictions(self) -> Path:
-        """The folder of the parts, which are both the results and the ledger."""
-        return self.root / "predictions"
-
-    @property
-    def quarantine(self) -> Path:
-        """The folder that `verify --quarantine` moves damaged parts to."""
-        return self.root / "quarantine"
 
     @property
     def logs(self) -> Path:
@@ -119,56 +129,6 @@ class JobPaths(Struct, frozen=True):
     def launcher_log(self) -> Path:
         """The launcher's log."""
         return self.logs / "launcher.log"
-
-    @property
-    def summary(self) -> Path:
-        """The summary, written when the job is complete."""
-        return self.root / "summary.json"
-
-    @property
-    def retired(self) -> Path:
-        """The devices that the latest start has stopped using. It exists only if there are any."""
-        return self.root / "retired.json"
-
-    @property
-    def pace(self) -> Path:
-        """How fast the running job is, for `imagemill status`. It exists only while it runs."""
-        return self.root / "pace.json"
-
-    @property
-    def manifest(self) -> Path:
-        """The sha256 of every part. It can be rebuilt from the parts."""
-        return self.root / "manifest.json"
-
-    @property
-    def failed_list(self) -> Path:
-        """The paths of failed images, one a line: a list that can be a source again."""
-        return self.root / "failed.txt"
-
-    @property
-    def report(self) -> Path:
-        """The report, one self-contained page."""
-        return self.root / "report.html"
-
-    @property
-    def score(self) -> Path:
-        """How accurate the rows are, written by `imagemill score`."""
-        return self.root / "score.json"
-
-    @property
-    def launch(self) -> Path:
-        """A file by which workers on other machines check that they see the same output."""
-        return self.root / f".launch{_TEMPORARY_SUFFIX}"
-
-    @property
-    def fetching(self) -> Path:
-        """The lock of processes that fetch a plan from an object store to this machine."""
-        return self.root / ".fetching"
-
-    @property
-    def lock(self) -> Path:
-        """The lock that the launcher holds while it runs."""
-        return self.root / ".lock"
 
     def part(self, shard: int) -> Path:
         """Return the file of a shard's part. Its name depends on the shard alone."""
