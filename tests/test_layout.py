@@ -103,12 +103,12 @@ def test_two_writers_of_one_file_do_not_share_a_temporary_one(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["part"]
 
 
-@pytest.mark.parametrize("sync", [files.sync_file, files.sync_folder])
+@pytest.mark.parametrize("name", ["file", "."])
 def test_syncing_closes_what_it_opened(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sync: object
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     """Also where the sync fails: a long job would run out of handles."""
-    path = tmp_path / "file" if sync is files.sync_file else tmp_path
+    path = tmp_path / name
     (tmp_path / "file").touch()
     synced = []
 
@@ -119,7 +119,7 @@ def test_syncing_closes_what_it_opened(
     monkeypatch.setattr(os, "fsync", failing)
     before = len(os.listdir("/dev/fd"))
     with pytest.raises(OSError, match="Input/output error"):
-        sync(path)  # type: ignore[operator]
+        files.sync(path)
     assert synced == [True]
     assert len(os.listdir("/dev/fd")) == before
 

@@ -60,29 +60,26 @@ FUNCTIONS: dict[str, dict[str, set[str] | None]] = {
     "worker": {
         "pipeline/run_shards.py": None,
         "pipeline/sink.py": None,
-        "system/files.py": {"write_whole", "sync_folder"},
+        "system/files.py": {"write_whole", "sync"},
     },
     "launcher": {
         "runner/run.py": {"_carry_out"},
         "runner/freeze.py": {"freeze"},
-        "job/plan.py": {"spool", "flush", "cut", "write_shard", "close"},
+        "job/plan.py": {"spool", "cut", "_shards"},
         "job/ledger.py": {"close"},
         "job/paths.py": {"sweep"},
         "job/lock.py": {"locked"},
-        "system/files.py": {"write_whole", "sync_file", "sync_folder", "make_folder"},
+        "system/files.py": {"write_whole", "sync", "make_folder"},
     },
     "append": {
         "runner/append.py": {"append", "_freeze"},
         "runner/difference.py": None,
         "runner/listing.py": {"list_again"},
         "runner/run.py": {"_run", "_carry_out"},
-        "job/plan.py": {"spool", "flush", "cut", "write_shard", "close"},
+        "job/plan.py": {"spool", "cut", "_shards"},
         "job/paths.py": {"gather_indices"},
         "job/ledger.py": {"close"},
-        "system/files.py": {
-            *("write_whole", "sync_file", "sync_folder"),
-            *("make_folder", "remove_folder", "clear_folder"),
-        },
+        "system/files.py": {"write_whole", "sync", "make_folder", "remove_folder", "clear_folder"},
     },
 }
 """Process and file → the functions whose places count; None: all of them."""

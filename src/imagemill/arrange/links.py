@@ -39,7 +39,7 @@ class Maker:
 
     def make(self, source: bytes, target: bytes) -> None:
         """Link or copy one image to `target`, unless it is there already. Raises: OutputError."""
-        with _write_errors(target):
+        with files.writing(Path(os.fsdecode(target))):
             kind = self.link if _is_regular(source) else Link.SYMBOLIC
             if self._exists(source, target, kind):
                 return
@@ -49,7 +49,7 @@ class Maker:
     def write(self, data: bytes, target: bytes) -> None:
         """Write an image that is no file of its own to `target`. Raises: OutputError."""
         with (
-            _write_errors(target),
+            files.writing(Path(os.fsdecode(target))),
             self._replacing(target) as temporary,
             open(temporary, "wb") as file,  # noqa: PTH123
         ):
@@ -132,14 +132,6 @@ def names_in(folder: Path, shown_as: str) -> list[str]:
     files.missing_goal(folder)
     found = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 - only names are needed
     return sorted(name for name in found if not files.is_system_file(name))
-
-
-@contextlib.contextmanager
-def _write_errors(target: bytes) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise files.cannot_write(Path(os.fsdecode(target)), error) from error
 
 
 def _is_regular(path: bytes) -> bool:

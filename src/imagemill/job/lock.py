@@ -12,7 +12,7 @@ from pathlib import Path
 
 from imagemill.errors import OutputError
 from imagemill.job.paths import JobPaths
-from imagemill.system.files import cannot_write, make_folder
+from imagemill.system.files import cannot_write, make_folder, writing
 
 _LOCK_DELAYS_S = (0.01, 0.05, 0.2)
 """Delays between tries: `is_locked` in another process may hold the lock for a moment."""
@@ -29,10 +29,8 @@ def locked(paths: JobPaths) -> Iterator[None]:
     is_held = False
     while not is_held:
         make_folder(paths.root)
-        try:
+        with writing(paths.lock):
             handle = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise cannot_write(paths.lock, error) from error
         try:
             _acquire(handle, paths)
             # A launcher whose job was refused has removed the file that was opened here.

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,7 @@ from msgspec import Struct
 
 from imagemill.errors import OutputError
 from imagemill.records import Entry, Shard
-from imagemill.system.files import cannot_write, sync_file, sync_folder
+from imagemill.system.files import sync, writing
 
 SCHEMA = pa.schema(
     [
@@ -74,37 +74,19 @@ def spool(entries: Iterable[Entry], path: Path) -> Listing:
         OutputError: it cannot be written.
     """
     images, groups, group = 0, 0, -1
-    columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
-
-    def flush(writer: pa.RecordBatchFileWriter) -> None:
-        writer.write_batch(
-            pa.record_batch(
-                [pa.array(c, t.type) for c, t in zip(columns, _SPOOL_SCHEMA, strict=True)],
-                schema=_SPOOL_SCHEMA,
-            )
-        )
-        for column in columns:
-            column.clear()
-
-    try:
-        with (
-            pa.OSFile(os.fsencode(path), "wb") as file,
-            pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer,
-        ):
-            for entry in entries:
-                for column, value in zip(
-                    columns,
-                    (entry.source, entry.path, entry.size, entry.locator, entry.kept, entry.group),
-                    strict=True,
-                ):
-                    column.append(value)
-                images += 1
-                groups, group = groups + (entry.group != group), entry.group
-                if len(columns[0]) == _SPOOL_ROWS:
-                    flush(writer)
-            flush(writer)
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    values = map(attrgetter(*_SPOOL_SCHEMA.names), entries)
+    with (
+        writing(path),
+        pa.OSFile(os.fsencode(path), "wb") as file,
+        pa.ipc.new_file(file, _SPOOL_SCHEMA) as writer,
+    ):
+        while rows := list(islice(values, _SPOOL_ROWS)):
+            arrays = list(map(pa.array, zip(*rows, strict=True), _SPOOL_SCHEMA.types))
+            writer.write_batch(pa.record_batch(arrays, schema=_SPOOL_SCHEMA))
+            images += len(rows)
+            for *_, group_of_row in rows:
+                groups, group = groups + (group_of_row != group), group_of_row
+            rows.clear()  # before the next ones are read
     return Listing(images, groups)
 
 
@@ -133,58 +115,44 @@ def cut(
     Raises:
         OutputError: it cannot be written.
     """
-    writer: pq.ParquetWriter | None = None
-    opened: pa.OSFile | None = None
-    shards_in_file = files = 0
-    index, group = first, -1
+    index = first
+    # Not mapped: pages of a mapping count as ours, and there may be gigabytes of them.
+    with writing(folder), pa.OSFile(os.fsencode(spooled)) as listing:
+        shards = _shards(pa.ipc.open_file(listing), kept, shard_size, by_group=by_group)
+        in_files = groupby(shards, lambda shard: (shard[0], shard[1] // _SHARDS_PER_FILE))
+        for number, ((group, _), in_file) in enumerate(in_files):
+            path = folder / f"plan-{group:05d}-{number:05d}.parquet"
+            with (
+                pa.OSFile(os.fsencode(path), "wb") as file,  # its name may not be UTF-8
+                pq.ParquetWriter(file, SCHEMA, compression="zstd") as writer,
+            ):
+                for _, _, rows in in_file:
+                    count = rows.num_rows
+                    indices = pa.array(range(index, index + count), pa.int64())
+                    columns = rows.select(SCHEMA.names[1:]).add_column(0, "index", indices)
+                    writer.write_table(columns, row_group_size=count)
+                    index += count
+            sync(path)
+        sync(folder)
 
-    def close() -> None:
-        nonlocal writer, opened
-        if writer is not None and opened is not None:
-            writer.close()
-            opened.close()
-            writer = opened = None
 
-    def write_shard(rows: pa.Table) -> None:
-        nonlocal writer, opened, shards_in_file, files, index
-        if writer is None or shards_in_file == _SHARDS_PER_FILE:
-            close()
-            path = folder / f"plan-{max(group, 0):05d}-{files:05d}.parquet"
-            opened = pa.OSFile(os.fsencode(path), "wb")  # the folder's name may not be UTF-8
-            writer = pq.ParquetWriter(opened, SCHEMA, compression="zstd")
-            files, shards_in_file = files + 1, 0
-        count = rows.num_rows
-        numbered = rows.select(SCHEMA.names[1:]).add_column(
-            0, "index", pa.array(range(index, index + count), pa.int64())
-        )
-        writer.write_table(numbered, row_group_size=count)
-        shards_in_file, index = shards_in_file + 1, index + count
-
-    try:
-        # Not mapped: pages of a mapping count as ours, and there may be gigabytes of them.
-        with pa.OSFile(os.fsencode(spooled)) as file:
-            pending = _SPOOL_SCHEMA.empty_table()
-            for run_group, rows in _runs(pa.ipc.open_file(file), kept, by_group=by_group):
-                if run_group != group:
-                    if pending.num_rows:
-                        write_shard(pending)
-                        pending = _SPOOL_SCHEMA.empty_table()
-                    close()
-                    group = run_group
-                pending = pa.concat_tables([pending, rows]).combine_chunks()
-                start = 0
-                while pending.num_rows - start >= shard_size:
-                    write_shard(pending.slice(start, shard_size))
-                    start += shard_size
-                pending = pending.slice(start)
-            if pending.num_rows:
-                write_shard(pending)
-            close()
-        for path in folder.glob("plan-*.parquet"):
-            sync_file(path)
-        sync_folder(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+def _shards(
+    reader: pa.RecordBatchFileReader,
+    kept: bytes | bytearray | None,
+    shard_size: int,
+    *,
+    by_group: bool,
+) -> Iterator[tuple[int, int, pa.Table]]:
+    """Yield the group of each shard, its number in the group, and its images."""
+    for group, runs in groupby(_runs(reader, kept, by_group=by_group), lambda run: run[0]):
+        number, pending = 0, _SPOOL_SCHEMA.empty_table()
+        for _, rows in runs:
+            pending = pa.concat_tables([pending, rows]).combine_chunks()
+            while pending.num_rows >= shard_size:
+                yield group, number, pending.slice(0, shard_size)
+                number, pending = number + 1, pending.slice(shard_size)
+        if pending.num_rows:
+            yield group, number, pending
 
 
 def _runs(
@@ -196,18 +164,12 @@ def _runs(
         if kept is not None:
             place = number * _SPOOL_ROWS
             mask = kept[place : place + table.num_rows]
-            if 1 not in mask:
-                continue
             table = table.filter(pa.array(map(bool, mask), pa.bool_()))
-        if not by_group:
-            yield 0, table
-            continue
-        groups = table["group"].to_pylist()
         start = 0
-        for end in range(1, len(groups) + 1):
-            if end == len(groups) or groups[end] != groups[start]:
-                yield groups[start], table.slice(start, end - start)
-                start = end
+        for group, run in groupby(table["group"].to_pylist() if by_group else [0] * len(table)):
+            count = len(list(run))
+            yield group, table.slice(start, count)
+            start += count
 
 
 def spooled_rows(spooled: Path) -> Iterator[tuple[int, bytes, int]]:

@@ -149,7 +149,7 @@ def _freeze(
     files.make_folder(paths.appended)
     with files.output_errors(f"cannot write {paths.root}"):
         for folder in (paths.plan, paths.root):  # so that the document does not outlive its plan
-            files.sync_folder(folder)
+            files.sync(folder)
     appended = Appended(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

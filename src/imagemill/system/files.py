@@ -65,7 +65,7 @@ def write_whole(path: Path, data: bytes | memoryview | Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException as error:  # the iterable of pieces may raise anything
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -90,18 +90,9 @@ def can_be_written(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def sync_file(path: Path) -> None:
-    """Make the content of a file durable."""
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:
@@ -152,24 +143,29 @@ def output_errors(what: str, remedy: str = "") -> Iterator[None]:
         raise OutputError(f"{what}: {reason(error)}. {remedy}".rstrip()) from error
 
 
-def appending(path: Path) -> BinaryIO:
-    """Open a file to append to and to read. Raises: OutputError."""
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into the OutputError that `path` cannot be written."""
     try:
-        return path.open("a+b")
+        yield
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def appending(path: Path) -> BinaryIO:
+    """Open a file to append to and to read. Raises: OutputError."""
+    with writing(path):
+        return path.open("a+b")
 
 
 def make_folder(path: Path) -> None:
     """Make a folder and its parents. If one of these is a link to nowhere, make the folder that it
     leads to. Raises: OutputError.
     """
-    try:
+    with writing(path):
         if (goal := missing_goal(path)) is not None:
             goal.mkdir(exist_ok=True)
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def missing_goal(path: Path) -> Path | None:
@@ -201,12 +197,8 @@ def missing_goal(path: Path) -> Path | None:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder with all that is in it if it exists. Raises: OutputError."""
-    try:
-        shutil.rmtree(path, ignore_errors=False)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
 
 
 def clear_folder(path: Path) -> None:
@@ -224,10 +216,8 @@ def in_turn(path: Path) -> Iterator[None]:
         OutputError: it cannot be written to.
     """
     make_folder(path.parent)
-    try:
+    with writing(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise cannot_write(path, error) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -136,9 +136,9 @@ def save(model: Any, folder: Path) -> Path:
         target = folder / f"int8-{variants.digest(temporary)[:16]}.xml"
         for suffix in (".bin", ".xml"):
             written = temporary.with_suffix(suffix)
-            files.sync_file(written)
+            files.sync(written)
             written.replace(target.with_suffix(suffix))
-        files.sync_folder(folder)
+        files.sync(folder)
     except (OSError, RuntimeError) as error:
         reason = (
             error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
