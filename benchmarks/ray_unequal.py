@@ -28,8 +28,7 @@ from ray_engines import links  # noqa: E402
 from imagemill.records import Lease, Settings  # noqa: E402
 from imagemill.runner import run  # noqa: E402
 from imagemill.workers.leases import Leases  # noqa: E402
-from imagemill.workers.pool import Event, Lost  # noqa: E402
-from imagemill.workers.protocol import Done  # noqa: E402
+from imagemill.workers.protocol import Done, Event, Lost  # noqa: E402
 from imagemill.workers.ray.pool import RayPool  # noqa: E402
 from ray_nodes import cluster  # noqa: E402
 
@@ -66,7 +65,8 @@ class Notes:
 
         def leasing(leases: Leases, *arguments: object) -> Lease | None:
             lease = lease_next(leases, *arguments)
-            notes.waiting.append((time.monotonic(), leases.waiting))
+            waiting = sum(map(len, (leases._isolated, *leases._queues.values())))
+            notes.waiting.append((time.monotonic(), waiting))
             return lease
 
         RayPool.send, RayPool.receive, Leases.next = sending, receiving, leasing

@@ -23,9 +23,9 @@ from imagemill.records import DeviceSpec, Job, Lease, Settings, Shard
 from imagemill.runner import run
 from imagemill.system import files
 from imagemill.workers import protocol
-from imagemill.workers.pool import Died
+from imagemill.workers.protocol import Died
 from imagemill.workers.ray import node_agent, provisioning
-from imagemill.workers.ray.messages import Assignment, ModelFile, Restart
+from imagemill.workers.ray.messages import Assignment, Identity, ModelFile, Restart
 from imagemill.workers.ray.node_agent import NodeAgent
 from imagemill.workers.ray.nodes import Node, Place
 
@@ -132,7 +132,7 @@ def test_a_node_agent_commits_the_parts_of_a_local_run(
     assert one.turn((), 0.0).status.rows == 4
     one._worker._child.kill()  # type: ignore[union-attr]
     (died,) = exchange(one, Died)
-    assert (died.reason, died.ready, died.timed_out) == ("was killed by SIGKILL", True, ())
+    assert (died.reason, died.timed_out) == ("was killed by SIGKILL", ())
     assert "null#0.log" in died.log_tail
     exchange(one, protocol.Ready, Restart())
     for shard in left()[1:]:
@@ -303,18 +303,24 @@ def test_nodes_are_compared_with_the_machine_that_processed_the_job_before(
         checks.check("b (2)", replace(same, vector_units="sse"))
 
 
-def test_a_node_whose_answers_may_differ_is_refused() -> None:
+def test_a_node_whose_answers_may_differ_is_refused(
+    order: Orders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both values are named; what mixing may differ in is let through where it is allowed, another
     imagemill never.
     """
     ours = {"imagemill": "1.0", "pillow": "12.0"}
+    order()
+    job = OpenJob.open(tmp_path / "out")
+    job = replace(job, first=replace(job.first, vector_units=""))
+    monkeypatch.setattr(provisioning, "identity", lambda _: Identity(ours, "avx512f avx2"))
 
     def refuse(
-        found: dict[str, str], expected: dict[str, str] = ours, allow_mixed: bool = False
+        found: dict[str, str], vector_units: str = "avx512f avx2", *, allow_mixed: bool = False
     ) -> None:
-        provisioning.refuse_mismatch(
-            "b (2)", found, expected, "this machine", allow_mixed=allow_mixed
-        )
+        checks = provisioning.Provisioning(None, job, [], ("null",), allow_mixed=allow_mixed)
+        checks.check("a (1)", Identity(ours, "avx512f avx2"))
+        checks.check("b (2)", Identity(found, vector_units))
 
     refuse(ours | {"more": "1"})
     with pytest.raises(
@@ -338,7 +344,7 @@ def test_a_node_whose_answers_may_differ_is_refused() -> None:
         DeviceError,
         match=r"has vector units avx2, .*\. Leave one of them out, or add --allow-mixed\.",
     ):
-        refuse({"vector units": "avx2"}, {"vector units": "avx512f avx2"})
+        refuse(ours, "avx2")
 
 
 def test_identity_names_what_decides_answers_for_every_backend() -> None:

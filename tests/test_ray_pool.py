@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from imagemill.workers.pool import Died, Event, WorkerStatus
+from imagemill.workers.protocol import Died, Event, WorkerStatus
 from imagemill.workers.ray.messages import Checked, Identity, Report
 from imagemill.workers.ray.nodes import Node, Place
 from imagemill.workers.ray.placement import Placement, Slot
 from imagemill.workers.ray.pool import RayPool
 
-DEATH = Died(1, "was killed by SIGKILL", False, (), (), "")
+DEATH = Died(1, "was killed by SIGKILL", (), (), "")
 
 
 class Call:

@@ -35,7 +35,7 @@ from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Clock, DeviceSummary, Limits, Recipe, Settings, Throughput
 from imagemill.report import accuracy, charts, figures, page, thumbnails
 from imagemill.runner import run
-from imagemill.workers.timeline import BUCKETS, Timeline
+from imagemill.workers.tally import BUCKETS, Commit, throughput
 from s3 import Bucket
 from tiny import CLASSES, TINY_CARD
 
@@ -1222,12 +1222,16 @@ def test_a_timeline_keeps_every_row_in_a_bounded_number_of_buckets(
     """Whatever is committed when, per device the buckets hold the rows, and there are never more of
     them.
     """
-    timeline = Timeline(["a", "b"])
     made: Counter[str] = Counter()
-    for device, ended_s, took_s, rows in commits:
-        timeline.add(device, ended_s - took_s, ended_s, rows)
+    for device, _, _, rows in commits:
         made[device] += rows
-    kept = timeline.read()
+    kept = throughput(
+        ["a", "b"],
+        [
+            Commit(device, ended_s - took_s, ended_s, rows)
+            for device, ended_s, took_s, rows in commits
+        ],
+    )
     assert kept.devices == ("a", "b")
     assert len(kept.images[0]) == len(kept.images[1]) <= BUCKETS
     for device, images in zip(kept.devices, kept.images, strict=True):
@@ -1236,10 +1240,7 @@ def test_a_timeline_keeps_every_row_in_a_bounded_number_of_buckets(
 
 def test_a_timeline_puts_rows_where_they_were_made() -> None:
     """A commit's rows lie in the time its shard took, also after buckets were merged."""
-    timeline = Timeline(["a"])
-    timeline.add("a", 0.0, 2.0, 100)
-    timeline.add("a", 14.0, 16.0, 60)
-    kept = timeline.read()
+    kept = throughput(["a"], [Commit("a", 0.0, 2.0, 100), Commit("a", 14.0, 16.0, 60)])
     (images,) = kept.images
     assert (kept.bucket_s, sum(images[:4]), sum(images[4:28]), sum(images[28:])) == (
         0.5,

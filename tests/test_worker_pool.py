@@ -28,7 +28,7 @@ from imagemill.records import Clock, DeviceSpec, Lease, Receipt, Shard
 from imagemill.system.processes import Failed
 from imagemill.workers import launcher, local, protocol
 from imagemill.workers.launcher import Launcher
-from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerStatus
+from imagemill.workers.protocol import Died, Event, Joined, Lost, WorkerStatus
 from imagemill.workers.ray.nodes import Node, places
 from imagemill.workers.ray.placement import Placement, Slot
 from imagemill.workers.ray.pool import RayPool
@@ -86,7 +86,7 @@ class Simulated:
             return [Event(name, protocol.Ready(1))]
         error = self.dead[name]
         sent = [Event(name, Failed.of(error))] if error else []
-        return sent + self.die(name, ready=False)
+        return sent + self.die(name)
 
     def receive(self, seconds: float) -> Sequence[Event]:
         if not self.events:
@@ -136,7 +136,7 @@ class Simulated:
         self.hands[name] = []
         return [Event(name, Lost("pulled the plug", with_machine))]
 
-    def die(self, name: str, *, ready: bool = True, timed_out: tuple[int, ...] = ()) -> list[Event]:
+    def die(self, name: str, *, timed_out: tuple[int, ...] = ()) -> list[Event]:
         self._working[name] += 1
         self.hands[name] = []
         return [
@@ -145,7 +145,6 @@ class Simulated:
                 Died(
                     1,
                     "was killed by SIGKILL",
-                    ready,
                     timed_out,
                     timed_out,
                     "The last lines of its log:\n  loading\n  no driver",
@@ -165,7 +164,7 @@ class Simulated:
 
     def restart(self, name: str) -> None:
         fails = self.failing_starts.pop(0) if self.failing_starts else False
-        self.at(0.0, lambda: self.die(name, ready=False) if fails else self._begin(name))
+        self.at(0.0, lambda: self.die(name) if fails else self._begin(name))
 
     def retire(self, name: str) -> bool:
         self._working[name] += 1

@@ -34,7 +34,7 @@ from imagemill.records import DeviceSpec, Lease, Progress, Receipt, Shard
 from imagemill.system.processes import Failed
 from imagemill.workers import protocol
 from imagemill.workers.leases import Leases
-from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerPool
+from imagemill.workers.protocol import Died, Event, Joined, Lost, WorkerPool
 from imagemill.workers.tally import Outcome, Tally, WorkerState
 
 _log = logging.getLogger(__name__)
@@ -271,7 +271,12 @@ class Launcher:
         _log.warning(what, _name(self._signals[0]), self._grace_s)
         leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
         if leases:
-            self._notify(_format_stopping(leases, self._signals[0], self._grace_s))
+            images = counted(sum(lease.shard.count for lease in leases), "image")
+            again = "Ctrl-C again" if self._signals[0] == signal.SIGINT else "a second signal"
+            self._notify(
+                f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most"
+                f" {self._grace_s:g} s, {again} to stop at once"
+            )
         deadline = time.monotonic() + self._grace_s
         while (
             any(worker.leases for worker in self._workers.values())
@@ -294,15 +299,6 @@ class Launcher:
             ):
                 return True
         return False
-
-
-def _format_stopping(leases: Sequence[Lease], number: int, grace_s: float) -> str:
-    images = counted(sum(lease.shard.count for lease in leases), "image")
-    again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
-    return (
-        f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most {grace_s:g} s,"
-        f" {again} to stop at once"
-    )
 
 
 def _name(number: int) -> str:

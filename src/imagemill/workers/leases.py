@@ -45,11 +45,6 @@ class Leases:
         self.remaining = len(shards)
         """Number of uncommitted shards, leased or not."""
 
-    @property
-    def waiting(self) -> int:
-        """Number of shards that are not leased."""
-        return len(self._isolated) + sum(map(len, self._queues.values()))
-
     def next(self, position: int, in_flight: Collection[Lease] = ()) -> Lease | None:
         """Return the next lease for the device at a position, which holds the leases `in_flight`;
         None if there is none for it now.

@@ -3,49 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from imagemill.job.open_job import OpenJob
 from imagemill.pipeline.backends import automatic, devices
 from imagemill.records import DeviceSpec, Engine, Shard
 from imagemill.system.messages import Notify
 from imagemill.workers.local import LocalPool
-from imagemill.workers.pool import WorkerPool
 
+if TYPE_CHECKING:
+    from imagemill.workers.ray.cluster import Cluster
 
-class Machines(Protocol):
-    """What an engine provides: devices, and a pool of workers on them."""
-
-    def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
-        """Return the devices that a `--devices` argument names. Raises: UsageError, DeviceError."""
-        ...
-
-    def automatic(self, images: int | None, precision: str | None, notify: Notify) -> str:
-        """Return the `--devices` argument that `auto` means for a new job; see
-        `automatic.choose`.
-        """
-        ...
-
-    def pool(
-        self, job: OpenJob, chosen: Sequence[DeviceSpec], remaining: Sequence[Shard]
-    ) -> WorkerPool:
-        """Return a pool for the uncommitted shards of a frozen job."""
-        ...
-
-    def close(self) -> None:
-        """Disconnect."""
-        ...
+Machines: TypeAlias = "ThisMachine | Cluster"
+"""What an engine provides: devices, and a pool of workers on them."""
 
 
 class ThisMachine:
     """The `Machines` of `--engine local`."""
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
-        """Implement `Machines.devices`."""
+        """Return the devices that a `--devices` argument names. Raises: UsageError, DeviceError."""
         return devices.resolve(spec)
 
     def automatic(self, images: int | None, precision: str | None, notify: Notify) -> str:
-        """Implement `Machines.automatic`."""
+        """Return the `--devices` argument that `auto` means for a new job; see
+        `automatic.choose`.
+        """
         return automatic.choose(images, precision, notify)
 
     def pool(
@@ -53,12 +36,12 @@ class ThisMachine:
         job: OpenJob,
         chosen: Sequence[DeviceSpec],
         remaining: Sequence[Shard],  # noqa: ARG002 - only a cluster samples their images
-    ) -> WorkerPool:
-        """Implement `Machines.pool`."""
+    ) -> LocalPool:
+        """Return a pool for the uncommitted shards of a frozen job."""
         return LocalPool(job.frozen.job, chosen)
 
     def close(self) -> None:
-        """Implement `Machines.close`."""
+        """Disconnect."""
 
 
 def connect(engine: str, notify: Notify, *, allow_mixed: bool = False) -> Machines:
@@ -75,6 +58,6 @@ def connect(engine: str, notify: Notify, *, allow_mixed: bool = False) -> Machin
     """
     if engine == Engine.LOCAL:
         return ThisMachine()
-    from imagemill.workers.ray.cluster import Cluster  # needs Ray
+    from imagemill.workers.ray.cluster import Cluster
 
     return Cluster(notify, allow_mixed=allow_mixed)

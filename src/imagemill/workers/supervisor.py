@@ -21,8 +21,7 @@ from imagemill.pipeline.heartbeat import Heartbeat, shared_file
 from imagemill.records import DeviceSpec, Job, Lease
 from imagemill.system import files, processes
 from imagemill.system.processes import Child, Failed, Stop
-from imagemill.workers.pool import Died, WorkerStatus
-from imagemill.workers.protocol import Begin, Done, Idle, Pause, Ready, Want
+from imagemill.workers.protocol import Begin, Died, Done, Idle, Pause, Ready, Want, WorkerStatus
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +122,6 @@ class Supervisor:
         died = Died(
             self._child.pid,
             self._hang or reason,
-            self._ready,
             tuple(sorted({image.index for image in images})),
             self._timed_out,
             f"The last lines of {self._log_file}:\n{self._child.log_tail()}",

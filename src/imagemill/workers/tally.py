@@ -9,8 +9,12 @@ from msgspec import Struct, field
 
 from imagemill.pipeline.stopwatch import total
 from imagemill.records import Clock, DeviceSpec, Lease, Progress, Receipt, Throughput
-from imagemill.workers.pool import WorkerStatus
-from imagemill.workers.timeline import Timeline
+from imagemill.workers.protocol import WorkerStatus
+
+BUCKETS = 64
+"""Of `Throughput`, at most."""
+_BUCKET_S = 0.125
+"""The width of a bucket, doubled until the job fits."""
 
 
 class Outcome(Struct):
@@ -48,6 +52,36 @@ class WorkerState(Struct):
         self.leases, self.clock, self.rows = {}, Clock(), 0
 
 
+class Commit(Struct, frozen=True):
+    """When a device made the rows of a part, in seconds since the first lease."""
+
+    device: str
+    begun_s: float
+    ended_s: float
+    rows: int
+
+
+def throughput(devices: Iterable[str], commits: Sequence[Commit]) -> Throughput:
+    """Return when rows were made. Those of a commit are spread evenly over the time they took."""
+    bucket_s = _BUCKET_S
+    while any(commit.ended_s >= bucket_s * BUCKETS for commit in commits):
+        bucket_s *= 2
+    made = {device: [0.0] * BUCKETS for device in devices}
+    for commit in commits:
+        ended_s, begun_s = commit.ended_s, min(max(0.0, commit.begun_s), commit.ended_s)
+        first, last = int(begun_s / bucket_s), int(ended_s / bucket_s)
+        for number in range(first, last + 1):
+            start_s, end_s = number * bucket_s, (number + 1) * bucket_s
+            overlap_s = max(0.0, min(end_s, ended_s) - max(start_s, begun_s))
+            share = overlap_s / (ended_s - begun_s) if first < last else 1.0
+            made[commit.device][number] += commit.rows * share
+    used = max(
+        (n for buckets in made.values() for n, rows in enumerate(buckets, 1) if rows), default=0
+    )
+    images = tuple(tuple(round(rows, 1) for rows in buckets[:used]) for buckets in made.values())
+    return Throughput(bucket_s, tuple(made), images)
+
+
 class Tally:
     """Counts commits, restarts and time of devices, which are named. All times are of one monotonic
     clock.
@@ -56,7 +90,7 @@ class Tally:
     def __init__(self, devices: Sequence[str]) -> None:
         zeros = dict.fromkeys(devices, 0)
         self.outcome = Outcome(devices=zeros.copy(), restarts=zeros)
-        self._timeline = Timeline(devices)
+        self._commits: list[Commit] = []
         self._failed_by_status: Counter[str] = Counter()
         self._earlier_clocks: dict[str, Clock] = {}
         """Device → sums over its earlier processes."""
@@ -86,7 +120,8 @@ class Tally:
         self.outcome.receipts.append(receipt)
         self.outcome.devices[name] += receipt.rows
         elapsed_s = self.elapsed(now)
-        self._timeline.add(name, elapsed_s - receipt.seconds, elapsed_s, receipt.rows)
+        begun_s = elapsed_s - receipt.seconds
+        self._commits.append(Commit(name, begun_s, elapsed_s, receipt.rows))
         self._failed_by_status.update(receipt.failed_by_status)
 
     def restart(self, worker: WorkerState) -> None:
@@ -109,7 +144,7 @@ class Tally:
         """Return the outcome, with the figures that are known only at the end."""
         clocks = {worker.device.name: worker.clock for worker in workers}
         self.outcome.seconds = max(0.0, self.elapsed(self._last_commit))
-        self.outcome.throughput = self._timeline.read()
+        self.outcome.throughput = throughput(self.outcome.devices, self._commits)
         for name in self.outcome.devices:
             earlier = self._earlier_clocks.get(name, Clock())
             self.outcome.clocks[name] = total((earlier, clocks.get(name, Clock())))

@@ -22,7 +22,9 @@ def actor_class() -> type:
 
     class Worker:
         def hello(self, backends: tuple[str, ...]) -> Identity | Mapping[str, str]:
-            """Return what decides this node's answers; see `messages.Answer`."""
+            """Return what decides this node's answers. If imagemill cannot be imported there are no
+            records: return a mapping with the keys `missing` and `python`.
+            """
             import os
             import sys
 
@@ -66,8 +68,7 @@ def actor_class() -> type:
 
         def end(self, *, at_once: bool) -> None:
             """End the worker."""
-            if getattr(self, "agent", None) is not None:
-                assert self.agent is not None
+            if self.agent is not None:
                 (self.agent.close if at_once else self.agent.end)()
 
     return Worker

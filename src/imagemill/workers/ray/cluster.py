@@ -18,7 +18,6 @@ from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.automatic import CPU
 from imagemill.records import DeviceSpec, Shard
 from imagemill.system import cpu
-from imagemill.workers.pool import WorkerPool
 from imagemill.workers.ray.nodes import Node, Place, offer, places
 from imagemill.workers.ray.placement import Placement, Slot
 from imagemill.workers.ray.pool import RayPool
@@ -120,7 +119,9 @@ class Cluster:
         )
 
     def devices(self, spec: str) -> tuple[DeviceSpec, ...]:
-        """Implement `Machines.devices`: those of all nodes, in the order of the nodes' names."""
+        """Return the devices of all nodes that a `--devices` argument names, in the order of the
+        nodes' names. Raises: UsageError, DeviceError.
+        """
         self._asked = devices.parse(spec)
         nodes = self.nodes()
         self._places = {}
@@ -141,13 +142,8 @@ class Cluster:
         )
         return tuple(found)
 
-    def automatic(
-        self,
-        images: int | None,  # noqa: ARG002 - nodes with GPUs may join at any time
-        precision: str | None,  # noqa: ARG002
-        notify: Callable[[str], None],  # noqa: ARG002
-    ) -> str:
-        """Implement `Machines.automatic`: the CPUs of each node."""
+    def automatic(self, *_: object) -> str:
+        """Return the CPUs of each node: nodes with GPUs may join at any time."""
         return CPU
 
     def nodes(self) -> list[Node]:
@@ -171,8 +167,8 @@ class Cluster:
 
     def pool(
         self, job: OpenJob, chosen: Sequence[DeviceSpec], remaining: Sequence[Shard]
-    ) -> WorkerPool:
-        """Implement `Machines.pool`."""
+    ) -> RayPool:
+        """Return a pool for the uncommitted shards of a frozen job."""
         backends = tuple(sorted({item.backend for item in self._asked}))
         provisioning = Provisioning(
             self.ray, job, remaining, backends, allow_mixed=self._allow_mixed
@@ -182,7 +178,7 @@ class Cluster:
         return RayPool(self, job.store, provisioning, placement, slots, self._notify)
 
     def close(self) -> None:
-        """Implement `Machines.close`."""
+        """Disconnect, and stop a cluster that was started here."""
         if self._is_ours:
             self.ray.shutdown()
 

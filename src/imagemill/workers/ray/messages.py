@@ -19,8 +19,7 @@ from msgspec import Struct
 
 from imagemill.records import DeviceSpec, Job
 from imagemill.system.processes import Failed
-from imagemill.workers.pool import Died, WorkerStatus
-from imagemill.workers.protocol import Done, Idle, Ready, Want
+from imagemill.workers.protocol import Died, Done, Idle, Ready, Want, WorkerStatus
 from imagemill.workers.ray.nodes import Place
 
 
@@ -85,9 +84,3 @@ class Report(Struct, frozen=True):
 
     messages: tuple[Ready | Want | Idle | Done | Failed | Died, ...]
     status: WorkerStatus
-
-
-Answer = Identity | Mapping[str, str] | Checked | Report | Failed
-"""What an actor may return. Only a node that cannot import imagemill returns a mapping, with the
-keys `missing` and `python`, because it has no records.
-"""

@@ -12,8 +12,7 @@ from imagemill.errors import WorkerError
 from imagemill.pipeline.backends import devices
 from imagemill.records import DeviceSpec, Lease
 from imagemill.system.messages import Notify
-from imagemill.workers.pool import WorkerStatus
-from imagemill.workers.protocol import Pause
+from imagemill.workers.protocol import Pause, WorkerStatus
 from imagemill.workers.ray.messages import Restart
 from imagemill.workers.ray.nodes import Node, Place, places
 
@@ -105,7 +104,21 @@ class Placement:
                     f"waiting for Ray to place {name} on node {slot.place.node.name}: its resources"
                     " are in use, see `ray status`"
                 )
-        self._refuse_endless_wait(time.monotonic(), is_empty=not slots)
+        now = time.monotonic()
+        if slots:
+            self._no_workers_since = None
+        elif self._no_workers_since is None:
+            self._no_workers_since = now
+            self._notify(
+                "no node of the Ray cluster is left for a worker: waiting for one,"
+                f" {WITHOUT_WORKERS_S:g} s at most"
+            )
+        elif now - self._no_workers_since > WITHOUT_WORKERS_S:
+            raise WorkerError(
+                f"no node of the Ray cluster was there for a worker for {WITHOUT_WORKERS_S:g} s."
+                " Start nodes (`ray status` lists them), then repeat the command: finished parts"
+                " are kept."
+            )
 
     def _new_slot(self, place: Place, slots: Mapping[str, Slot]) -> Slot:
         name = self._names.get(place.key)
@@ -115,20 +128,3 @@ class Placement:
                 number += 1
             name = self._names[place.key] = f"{place.kind}#{number}"
         return Slot(place.device(int(name.rpartition("#")[2])), place, late=True)
-
-    def _refuse_endless_wait(self, now: float, *, is_empty: bool) -> None:
-        if not is_empty:
-            self._no_workers_since = None
-            return
-        if self._no_workers_since is None:
-            self._no_workers_since = now
-            self._notify(
-                "no node of the Ray cluster is left for a worker: waiting for one,"
-                f" {WITHOUT_WORKERS_S:g} s at most"
-            )
-        if now - self._no_workers_since > WITHOUT_WORKERS_S:
-            raise WorkerError(
-                f"no node of the Ray cluster was there for a worker for {WITHOUT_WORKERS_S:g} s."
-                " Start nodes (`ray status` lists them), then repeat the command: finished parts"
-                " are kept."
-            )

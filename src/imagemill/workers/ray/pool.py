@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from imagemill.errors import ImagemillError, WorkerError
@@ -29,10 +29,9 @@ from imagemill.job.store import Store
 from imagemill.records import DeviceSpec, Lease
 from imagemill.system.messages import Notify
 from imagemill.system.processes import Failed
-from imagemill.workers.pool import Died, Event, Joined, Lost, WorkerStatus
-from imagemill.workers.protocol import Pause
+from imagemill.workers.protocol import Died, Event, Joined, Lost, Pause, WorkerStatus
 from imagemill.workers.ray.actor import actor_class
-from imagemill.workers.ray.messages import Answer, Checked, Report, Restart
+from imagemill.workers.ray.messages import Checked, Identity, Report, Restart
 from imagemill.workers.ray.placement import UNPLACED_S, Placement, Slot
 from imagemill.workers.ray.provisioning import Provisioning
 
@@ -85,7 +84,7 @@ class RayPool:
         self._is_over = False
 
     def start(self, limit: int) -> Sequence[DeviceSpec]:
-        """Implement `WorkerPool.start`."""
+        """Open the first slots, at most `limit`, and return their devices."""
         self._placement.limit = limit
         self._store.write(self._store.paths.launch, self._provisioning.launch.encode())
         started = self._first[:limit]
@@ -96,7 +95,7 @@ class RayPool:
         return [slot.device for slot in started]
 
     def receive(self, seconds: float) -> Sequence[Event]:
-        """Implement `WorkerPool.receive`."""
+        """Return events in order, as soon as there are any; nothing if none came in `seconds`."""
         events = list(self._look_at_nodes())
         turn_s = max(_TURN_S, len(self._slots) / _TURNS_PER_S)
         dead = {event.device for event in self._held if isinstance(event.message, Died)}
@@ -139,18 +138,18 @@ class RayPool:
         return events
 
     def send(self, device: str, message: Lease | Pause) -> None:
-        """Implement `WorkerPool.send`."""
+        """Send a message with the next turn."""
         if device in self._slots:  # otherwise it is lost, which `receive` reports
             self._slots[device].outbox.append(message)
 
     def restart(self, device: str) -> None:
-        """Implement `WorkerPool.restart`."""
+        """Have the agent start its worker again, with the next turn."""
         if device in self._slots:  # otherwise it is lost, which `receive` reports
             self._slots[device].status = WorkerStatus()
             self._slots[device].outbox = [Restart()]
 
     def retire(self, device: str) -> bool:
-        """Implement `WorkerPool.retire`."""
+        """Kill an actor for good. Return whether others are left, or were started for it."""
         self._placement.retired.add(device)
         if slot := self._slots.pop(device, None):  # otherwise it is lost already
             if slot.step != "hello":  # it publishes its log
@@ -161,15 +160,15 @@ class RayPool:
         return bool(self._slots)
 
     def status(self, device: str) -> WorkerStatus:
-        """Implement `WorkerPool.status`."""
+        """Return how far a worker's process was at its last turn."""
         return self._slots[device].status if device in self._slots else WorkerStatus()
 
     def stop(self) -> None:
-        """Implement `WorkerPool.stop`."""
+        """Let the workers end by themselves, once everything is committed."""
         self._end(at_once=False, seconds=_END_S)
 
     def kill(self) -> None:
-        """Implement `WorkerPool.kill`."""
+        """Kill all actors, and their workers with them."""
         self._end(at_once=True, seconds=_KILL_S)
         for slot in self._slots.values():
             self._ray.kill(slot.actor)
@@ -224,7 +223,7 @@ class RayPool:
         call, slot.call = slot.call, None
         name, node = slot.device.name, slot.place.node
         try:
-            answer: Answer = self._ray.get(call)
+            answer: Identity | Mapping[str, str] | Checked | Report | Failed = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
             cause = " ".join(str(error.cause or error).split())
             raise WorkerError(f"{name} on node {node.name}: unexpected {cause}") from error
@@ -244,7 +243,7 @@ class RayPool:
                 return [Event(name, message) for message in messages]
             case Checked(lacks_model):
                 if lacks_model:
-                    self._prepare(slot, *self._provisioning.model_contents())
+                    self._prepare(slot, *self._provisioning.model_contents)
             case _:
                 try:
                     self._provisioning.check(node.name, answer)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ class Provisioning:
         """
         self._samples = sample_images(job, remaining) if remaining else ()
         self._model = model_files(job)
-        self._contents: list[Any] | None = None
 
     def check(self, node: str, answer: Identity | Mapping[str, str]) -> None:
         """Compare a node with this machine and the first node.
@@ -72,13 +71,20 @@ class Provisioning:
                 f"node {node} cannot import imagemill ({answer['missing']}). Type there: "
                 f"{answer['python']} -m pip install 'imagemill[ray]=={version}'"
             )
-        found, expected = answer.versions, self._versions
-        refuse_mismatch(node, found, expected, "this machine", allow_mixed=self._allow_mixed)
-        if self._reference is None:
-            self._reference = f"node {node}", answer.vector_units
-        first, units = self._reference
-        found, expected = {_VECTOR_UNITS: answer.vector_units}, {_VECTOR_UNITS: units}
-        refuse_mismatch(node, found, expected, first, allow_mixed=self._allow_mixed)
+        first, units = self._reference or (f"node {node}", answer.vector_units)
+        found = {_VECTOR_UNITS: answer.vector_units, **answer.versions}
+        for key, value in {**self._versions, _VECTOR_UNITS: units}.items():
+            actual = found.get(key, "none")
+            if actual == value or (self._allow_mixed and key != "imagemill"):
+                continue
+            other = first if key == _VECTOR_UNITS else "this machine"
+            remedy = "Leave one of them out" if key == _VECTOR_UNITS else "Install the same on both"
+            mixed = "" if key == "imagemill" else ", or add --allow-mixed"
+            raise DeviceError(
+                f"node {node} has {key} {actual}, {other} has {value}: their answers may differ."
+                f" {remedy}{mixed}."
+            )
+        self._reference = first, units
 
     def assignment(self, device: DeviceSpec, place: Place) -> Assignment:
         """Return the assignment for one device."""
@@ -93,18 +99,14 @@ class Provisioning:
             samples=self._samples,
         )
 
+    @cached_property
     def model_contents(self) -> list[Any]:
-        """Return references to the model's files in Ray's object store.
+        """References to the model's files in Ray's object store.
 
         They are put there when the first node lacks them, and each node fetches them once.
         """
-        if self._contents is None:
-            folder = os.path.dirname(self._job.session.model_file)  # noqa: PTH120
-            self._contents = [
-                self._ray.put(np.fromfile(f"{folder}/{file.name}", np.uint8))
-                for file in self._model
-            ]
-        return self._contents
+        folder = Path(self._job.session.model_file).parent
+        return [self._ray.put(np.fromfile(folder / file.name, np.uint8)) for file in self._model]
 
 
 def sample_images(job: Job, shards: Sequence[Shard]) -> tuple[Sample, ...]:
@@ -138,35 +140,3 @@ def model_files(job: Job) -> tuple[ModelFile, ...]:
             f"{file} cannot be read: {error.strerror}. Get the model again with imagemill"
             " get-model."
         ) from error
-
-
-def refuse_mismatch(
-    node: str,
-    found: Mapping[str, str],
-    expected: Mapping[str, str],
-    other: str,
-    *,
-    allow_mixed: bool,
-) -> None:
-    """Compare what decides the answers of a node with that of another machine.
-
-    Args:
-        node: its name, for people.
-        found: what it has.
-        expected: what the other machine has; further keys of `found` are ignored.
-        other: the other machine, for people.
-        allow_mixed: whether all but the version of imagemill itself may differ.
-
-    Raises:
-        DeviceError: they differ; names both values.
-    """
-    for key, value in expected.items():
-        actual = found.get(key, "none")
-        if actual == value or (allow_mixed and key != "imagemill"):
-            continue
-        remedy = "Leave one of them out" if key == _VECTOR_UNITS else "Install the same on both"
-        mixed = "" if key == "imagemill" else ", or add --allow-mixed"
-        raise DeviceError(
-            f"node {node} has {key} {actual}, {other} has {value}: their answers may differ."
-            f" {remedy}{mixed}."
-        )
