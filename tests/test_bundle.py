@@ -108,7 +108,7 @@ def test_a_changed_model_is_found_by_its_hash(tiny: Bundle) -> None:
         ),
         (
             {"recipe": {"size": 9, "resize": 9, "interpolation": "bicubic", "exif": True}},
-            "its recipe has a `size`, as early versions of imagemill wrote it",
+            "recipe: object contains unknown field `size`",
         ),
         ({"mean": [1, 2]}, "mean: expected `array` of length 3"),
         ({"name": None}, "name: expected `str`, got `null`"),

@@ -242,9 +242,7 @@ def test_each_setting_that_decides_something_is_compared_on_resume(
         "max_seconds": 5.0,
     }
     assert set(changes) == {
-        name
-        for name, setting in SETTINGS.items()
-        if {setting.effect_on(backend) for backend in backends.BACKENDS} != {Effect.NOTHING}
+        name for name, setting in SETTINGS.items() if setting.effect is not Effect.NOTHING
     }
     settings = settings_of(jpegs(1), output=tmp_path / "out", models_dir=models_dir)
     opened = frozen_job(settings, tiny(models_dir))
@@ -269,6 +267,9 @@ def test_each_setting_that_decides_something_is_compared_on_resume(
         else:
             (note,) = resume_with(replace(settings, **{name: value}))
             assert SETTINGS[name].flag in note
+    opened = replace(opened, first=replace(opened.first, backend="null"))  # they decide nothing
+    changed = replace(settings, batch_size=changes["batch_size"])
+    assert resume_with(changed, changes["devices"]) == []
 
 
 @pytest.mark.parametrize(

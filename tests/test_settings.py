@@ -14,8 +14,6 @@ from imagemill.errors import UsageError
 from imagemill.records import Settings
 from imagemill.runner.settings import (
     SETTINGS,
-    Effect,
-    Setting,
     check_setting,
     check_settings,
     make_settings,
@@ -102,15 +100,6 @@ def test_a_value_of_the_python_api_is_checked_as_a_flag_is(
     with pytest.raises(UsageError) as caught:
         check_setting(name, value)
     assert str(caught.value).startswith(message)
-
-
-def test_what_a_setting_decides_may_depend_on_the_backend() -> None:
-    """Such as a batch size that changes results on one backend only."""
-    setting = Setting(
-        "--x", "", effect=lambda name: Effect.ANSWERS if name == "gpu" else Effect.NOTHING
-    )
-    assert setting.effect_on("gpu") is Effect.ANSWERS
-    assert setting.effect_on("cpu") is Effect.NOTHING
 
 
 @pytest.mark.parametrize("flag", [setting.flag for setting in SETTINGS.values()])

@@ -45,7 +45,7 @@ def test_what_the_call_gives_is_given() -> None:
     with pytest.raises(KeyError, match="x"):
         interruptible.run(bad)
     with pytest.raises(KeyError, match="x"):
-        interruptible.run_all(lambda number: bad() if number == 2 else None, range(4), 2)
+        interruptible.run_all(lambda number: bad() if number == 2 else None, range(4))
 
 
 def test_from_another_thread_it_is_called_right_there() -> None:
@@ -66,7 +66,7 @@ def test_a_signal_ends_the_wait() -> None:
         interruptible.run(lambda: ring_and_wait(stop))
     with pytest.raises(Rung):
         interruptible.run_all(
-            lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False], 2
+            lambda first: ring_and_wait(stop) if first else stop.wait(60), [True, False, False]
         )
     stop.set()
 
@@ -86,11 +86,15 @@ def test_a_write_waits_for_one_that_was_left() -> None:
     threading.Timer(0.2, stop.set).start()
     interruptible.run(lambda: order.append("newer"), writes=True)
     assert order == ["older", "newer"]
-    assert not interruptible._unfinished
 
 
 def test_all_are_called_each_once() -> None:
     called: list[int] = []
-    interruptible.run_all(called.append, range(100), 8)
-    interruptible.run_all(called.append, [], 8)
+
+    def double(number: int) -> int:
+        called.append(number)
+        return 2 * number
+
+    assert interruptible.run_all(double, range(100)) == list(range(0, 200, 2))
+    assert interruptible.run_all(double, []) == []
     assert sorted(called) == list(range(100))

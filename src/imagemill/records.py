@@ -126,9 +126,9 @@ class Kept(Struct, frozen=True):
         return self.column if self.column == self.name else f"{self.column}={self.name}"
 
 
-class Recipe(Struct, frozen=True):
+class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     """How an image becomes the model's input; normalisation is not here, it is the graph's first
-    layer.
+    layer. What another version may have written here changes pixels, so it is not ignored.
     """
 
     height: int = 224
@@ -571,8 +571,6 @@ class Preflight(Struct, frozen=True):
     """Share of unreadable images in the whole job: lower bound of the 95 % Wilson interval."""
     unreadable_high: float
     """Upper bound of the same interval."""
-    decode_only: float | None
-    """images/s of all decoding threads, measured in one process beside the starting workers."""
     images_per_second: float | None = None
     """This and all below: None if the job ended before its rate was known."""
     seconds: float | None = None

@@ -68,16 +68,18 @@ def _add_demo(command: Command) -> None:
 
 def _demo(parsed: argparse.Namespace) -> int:
     from importlib.resources import as_file, files
+    from itertools import chain
 
     from imagemill.display import results
-    from imagemill.job import ledger
 
     with as_file(files("imagemill") / "data" / "demo") as images:
         parsed.sources = [str(images)]
         code = _run(parsed)
     if not parsed.json and not parsed.dry_run:
         columns = ["path", "status", "label", "probability", "error"]
-        rows = ledger.rows(open_job(parsed.output).store, columns)
+        job = open_job(parsed.output)
+        tables = job.tables(job.committed_shards(), columns)
+        rows = chain.from_iterable(table.to_pylist() for _, table in tables)
         print(f"\n{results.format_rows(rows)}")
     return code
 

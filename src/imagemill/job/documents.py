@@ -24,8 +24,6 @@ T = TypeVar("T")
 
 FORMAT = 2
 """Of `job.json` and the documents of further generations."""
-_READ_AT_ONCE = 16
-"""A daily `--append` makes hundreds of documents, and an object store takes some 30 ms for each."""
 
 
 class Generation(Struct, frozen=True, kw_only=True):
@@ -135,10 +133,8 @@ def read_appended(store: Store) -> tuple[Appended, ...]:
     """
     paths = store.paths
     known = [name for name in store.names(paths.appended) if re.fullmatch(r"\d+\.json", name)]
-    numbers = range(2, len(known) + 2)
-    found: dict[int, Appended] = {}
 
-    def read(number: int) -> None:
+    def read(number: int) -> Appended:
         path = paths.appended_document(number)
         data = _read(store, path)
         if data is None:
@@ -146,10 +142,10 @@ def read_appended(store: Store) -> tuple[Appended, ...]:
                 f"{paths.shown(path)} is missing, although {paths.shown(paths.appended)} holds"
                 f" {known[-1]}. Restore it from a copy, or give another --output."
             )
-        found[number] = _decode(store, path, data, Appended)
+        return _decode(store, path, data, Appended)
 
-    interruptible.run_all(read, numbers, _READ_AT_ONCE)
-    return tuple(found[number] for number in numbers)
+    # A daily `--append` makes hundreds of documents.
+    return tuple(interruptible.run_all(read, range(2, len(known) + 2)))
 
 
 def _decode(store: Store, path: Path, data: bytes, kind: type[T]) -> T:

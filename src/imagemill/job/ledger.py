@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -197,12 +197,6 @@ def check_sizes(store: Store) -> None:
             )
 
 
-def rows(store: Store, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of all existing parts, in plan order. Raises: PartError."""
-    for table in tables(store, existing_parts(store), columns):
-        yield from table.to_pylist()
-
-
 def tables(store: Store, shards: Iterable[int], columns: Sequence[str]) -> Iterator[pa.Table]:
     """Yield one table per committed shard, with these columns in this order. Raises: PartError.
 
@@ -244,14 +238,11 @@ def failed_paths(
             for error in table["error"].drop_null().to_pylist():
                 extras.update(_EXTRA.findall(error))
             for row, status in zip(plan.read(store.paths.plan, shard), statuses, strict=True):
-                if status != Status.OK.value:
-                    full = as_line(row.source, row.path)
-                    if full is None:
-                        continue
-                    quoted = any(byte in full for byte in (b"\n", b"\r", b"\0"))
-                    yield (
-                        json.dumps(os.fsdecode(full)).encode("ascii") if quoted else full
-                    ) + b"\n"
+                if status == Status.OK.value or (line := as_line(row.source, row.path)) is None:
+                    continue
+                if any(byte in line for byte in b"\n\r\0"):
+                    line = json.dumps(os.fsdecode(line)).encode("ascii")
+                yield line + b"\n"
 
 
 def _unrecognised(store: Store) -> list[Path]:

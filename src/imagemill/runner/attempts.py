@@ -58,8 +58,9 @@ def attempt_until_it_fits(
             return attempt(opened, chosen, deadline is not None or not is_new)
         except (DeviceError, ModelError, WorkerError) as error:
             is_new = is_new and not opened.committed()
-            if is_new and isinstance(error, DeviceMemoryError) and _may_shrink(opened, settings):
-                size = opened.frozen.job.session.batch_size // 2
+            size = opened.frozen.job.session.batch_size // 2
+            may_shrink = is_new and settings.batch_size is None and size > 0
+            if may_shrink and isinstance(error, DeviceMemoryError):
                 watcher.notify(f"{error} Starting with batches of {size}.")
                 opened = freeze.with_batch_size(opened, size, chosen)
             elif is_new and fall_back and not isinstance(error, InexactError):
@@ -77,10 +78,6 @@ def attempt_until_it_fits(
                     watcher.notify(f"{error} Waiting up to {WAIT_S:g} s for more.")
                     deadline = time.monotonic() + WAIT_S
                 time.sleep(_PAUSE_S)
-
-
-def _may_shrink(opened: OpenJob, settings: Settings) -> bool:
-    return settings.batch_size is None and opened.frozen.job.session.batch_size > 1
 
 
 def _remedy(opened: OpenJob, *, is_new: bool) -> str:

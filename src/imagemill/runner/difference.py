@@ -8,11 +8,13 @@ order. Rows of a table of images are recognised by their names, or by their numb
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from heapq import nsmallest
+from itertools import islice
 from pathlib import Path
 
 from msgspec import Struct
@@ -120,11 +122,7 @@ def compare(
     def in_listing(number: int) -> str:
         return name(*plan.spooled_row(spooled, number))
 
-    first: list[int] = []
-    number = is_new.find(1)
-    while number >= 0 and len(first) < MAX_NAMES:
-        first.append(number)
-        number = is_new.find(1, number + 1)
+    first = (match.start() for match in islice(re.finditer(b"\1", is_new), MAX_NAMES))
     return Difference(
         is_new,
         Named(is_new.count(1), tuple(map(in_listing, first))),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -17,7 +17,7 @@ from imagemill.job.store import open_store
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import automatic
 from imagemill.pipeline.sources import Skipped
-from imagemill.records import DeviceSpec, Entry, Settings
+from imagemill.records import DeviceSpec, Settings
 from imagemill.runner import append, listing
 from imagemill.runner.difference import MAX_NAMES
 from imagemill.runner.settings import check_settings
@@ -60,30 +60,22 @@ def dry_run(settings: Settings) -> DryRun:
         store.check_unused()
     listing.check_sources(settings.sources, settings)
     skipped, keeper = Skipped(), listing.keeper_of(settings)
-    first: list[str] = []
-
-    def noting(entries: Iterator[Entry]) -> Iterator[Entry]:
-        for entry in entries:
-            if len(first) < MAX_NAMES:
-                path = row_path(settings.sources[entry.source], entry.path)
-                first.append(sources.shown(path))
-            yield entry
-
-    with tempfile.TemporaryDirectory(prefix="imagemill-") as folder:
-        listed = plan.spool(
-            noting(listing.listing(settings, skipped, keeper, store.paths.root)),
-            Path(folder) / "listing",
-        )
-    if not listed.images:
+    images, first = 0, list[str]()
+    for entry in listing.listing(settings, skipped, keeper, store.paths.root):
+        images += 1
+        if images <= MAX_NAMES:
+            path = row_path(settings.sources[entry.source], entry.path)
+            first.append(sources.shown(path))
+    if not images:
         raise listing.no_images(settings, skipped)
     keeper.kept()
     notes = list(skipped.notes())
     if typed == automatic.CPU:
-        now = machines.automatic(listed.images, settings.precision, notes.append)
+        now = machines.automatic(images, settings.precision, notes.append)
         chosen = chosen if now == typed else machines.devices(now)
-    shard_size = settings.shard_size or plan.auto_shard_size(listed.images, len(chosen))
+    shard_size = settings.shard_size or plan.auto_shard_size(images, len(chosen))
     return DryRun(
-        images=listed.images,
+        images=images,
         shard_size=shard_size,
         **skipped.counts(),
         first=tuple(first),

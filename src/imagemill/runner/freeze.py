@@ -21,7 +21,7 @@ from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of, fixed_facts
 from imagemill.pipeline.decoding import DECODER
 from imagemill.pipeline.sources import Filters, Skipped
-from imagemill.records import Bundle, DeviceSpec, Engine, Job, Kept, Limits, SessionSpec, Settings
+from imagemill.records import Bundle, DeviceSpec, Engine, Job, Limits, SessionSpec, Settings
 from imagemill.runner import thresholds
 from imagemill.runner.listing import (
     access_of,
@@ -76,24 +76,43 @@ def freeze(
     check_moved(settings.sources, access, plan.rows(paths.plan))
     model = with_recipe(model, settings)
     prepared = _prepare(settings, paths, chosen, model, listed.images, watcher)
-    job = _job(settings, paths, chosen, model, prepared, shard_size, keep)
+    session = session_of(settings, model, prepared, chosen)
+    backend = backend_of(chosen, settings.allow_mixed)
+    fixed = fixed_facts(chosen, session.batch_size)
+    filters = filters_of(settings)
+    job = Job(
+        output=paths.output,
+        sources=settings.sources,
+        session=session,
+        variant=prepared.variant,
+        num_workers=settings.num_workers or 0,
+        top_k=classes_kept(settings, model.card),
+        limits=limits_of(settings, Limits()),
+        plan_id=plan_id(settings.sources, filters, settings.limit, shard_size),
+        answer_id="",
+        min_probability=thresholds.min_probability_of(settings, model.card),
+        keep=keep,
+        allow_inexact=settings.allow_inexact,
+        log_dir=str(paths.logs) if settings.log_dir else None,
+    )
+    job = replace(job, answer_id=answer_id(job, prepared.sha256, backend, fixed))
     frozen = Frozen(
         format=FORMAT,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         job=job,
         devices=typed,
-        filters=filters_of(settings),
+        filters=filters,
         limit=settings.limit,
         shard_size=shard_size,
         images=listed.images,
         groups=listed.groups if by_group else 1,
         **skipped.counts(),
-        backend=backend_of(chosen, settings.allow_mixed),
+        backend=backend,
         variant_sha256=prepared.sha256,
         decoder=DECODER,
         versions=versions_of(chosen),
         vector_units=vector_units_of(settings, chosen),
-        fixed=fixed_facts(chosen, job.session.batch_size),
+        fixed=fixed,
         plan_nonce=store.publish_plan(),
     )
     try:
@@ -132,37 +151,6 @@ def vector_units_of(settings: Settings, chosen: Sequence[DeviceSpec]) -> str:
     not known because the nodes of a cluster compute.
     """
     return "" if settings.engine == Engine.RAY else devices.vector_units(chosen)
-
-
-def _job(
-    settings: Settings,
-    paths: JobPaths,
-    chosen: Sequence[DeviceSpec],
-    model: Bundle,
-    prepared: ChosenPrecision,
-    shard_size: int,
-    keep: tuple[Kept, ...],
-) -> Job:
-    card = model.card
-    session = session_of(settings, model, prepared, chosen)
-    job = Job(
-        output=paths.output,
-        sources=settings.sources,
-        session=session,
-        variant=prepared.variant,
-        num_workers=settings.num_workers or 0,
-        top_k=classes_kept(settings, card),
-        limits=limits_of(settings, Limits()),
-        plan_id=plan_id(settings.sources, filters_of(settings), settings.limit, shard_size),
-        answer_id="",
-        min_probability=thresholds.min_probability_of(settings, card),
-        keep=keep,
-        allow_inexact=settings.allow_inexact,
-        log_dir=str(paths.logs) if settings.log_dir else None,
-    )
-    backend = backend_of(chosen, settings.allow_mixed)
-    fixed = fixed_facts(chosen, session.batch_size)
-    return replace(job, answer_id=answer_id(job, prepared.sha256, backend, fixed))
 
 
 def session_of(

@@ -26,7 +26,7 @@ from imagemill.errors import counted
 from imagemill.job import plan
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline import sources
-from imagemill.records import BadImage, DeviceSpec, Job, Preflight, Progress, Saved, Shard, Status
+from imagemill.records import BadImage, Job, Preflight, Progress, Saved, Shard, Status
 from imagemill.system.statistics import wilson
 
 _log = logging.getLogger(__name__)
@@ -62,14 +62,11 @@ class Sampler:
         self,
         job: Job,
         shards: Sequence[Shard],
-        devices: Sequence[DeviceSpec],
         notify: Callable[[str], None],
     ) -> None:
         self._job, self._shards, self._notify = job, shards, notify
         self._images = sum(shard.count for shard in shards)
-        self._decoding_threads = sum(job.num_workers or len(device.cores) for device in devices)
         self._statuses: list[Status] = []
-        self._decode_s = 0.0
         self._pace: Pace | None = None
         self._pace_from_s = 0.0
         self._stop = threading.Event()
@@ -133,10 +130,8 @@ class Sampler:
                     except BadImage as bad:
                         self._statuses.append(bad.status)
                         continue
-                    begun_s = time.perf_counter()
-                    status = decoder.decode(data, job.session.card.recipe, limits).status
-                    self._decode_s += time.perf_counter() - begun_s
-                    self._statuses.append(status)
+                    answer = decoder.decode(data, job.session.card.recipe, limits)
+                    self._statuses.append(answer.status)
         except Exception:
             _log.warning("the preflight failed after %d images", len(self._statuses), exc_info=True)
 
@@ -152,11 +147,6 @@ class Sampler:
             unreadable=dict(sorted(bad.items())),
             unreadable_low=round(low, 4),
             unreadable_high=round(high, 4),
-            decode_only=(
-                round(self._decoding_threads * len(sampled) / self._decode_s, 3)
-                if self._decode_s
-                else None
-            ),
         )
         count = f"{bad.total()} unreadable ({format_statuses(bad)})" if bad else "all readable"
         share = f"{100 * low:.1f} to {100 * high:.1f} %" if bad else f"at most {100 * high:.1f} %"

@@ -17,7 +17,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.models import bundle
 from imagemill.models.labels import read_labels
 from imagemill.pipeline import sources
-from imagemill.pipeline.backends import devices
+from imagemill.pipeline.backends import depends_on_batch, devices
 from imagemill.pipeline.backends.devices import backend_of
 from imagemill.pipeline.decoding import DECODER
 from imagemill.records import DeviceSpec, Kept, SessionSpec, Settings, Shard
@@ -46,7 +46,7 @@ def resume(
     if not settings.append:
         compared = chain(_compare_selection(settings, opened), compared)
     for name, was, asked in compared:
-        effect = SETTINGS[name].effect_on(frozen.backend)
+        effect = SETTINGS[name].effect
         is_given = asked is not None or effect is Effect.LISTING
         if asked == was or not is_given or effect is Effect.NOTHING:
             continue
@@ -191,7 +191,8 @@ def _compare(
     asked_precision = None if settings.precision == "auto" else settings.precision
     yield "precision", session.precision.value, asked_precision
     yield "devices", frozen.backend, backend_of(chosen, settings.allow_mixed)
-    yield "batch_size", session.batch_size, settings.batch_size
+    if depends_on_batch(frozen.backend):
+        yield "batch_size", session.batch_size, settings.batch_size
     if settings.preprocess is not None and not _is_never_resized(session):
         preprocess = "center-crop" if recipe.resize is None else "card"
         yield "preprocess", preprocess, settings.preprocess

@@ -201,7 +201,7 @@ def _carry_out(
     write_retired = summarise.retired_writer(store)
     write_pace = summarise.pace_writer(paths, frozen.images, resumed)
     try:
-        with preflight.Sampler(job, sampled, chosen, watcher.notify) as sampler:
+        with preflight.Sampler(job, sampled, watcher.notify) as sampler:
 
             def tick(progress: Progress) -> None:
                 sampler(progress)

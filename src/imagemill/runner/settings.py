@@ -55,21 +55,10 @@ class Setting(NamedTuple):
     flag: str
     help: str
     metavar: str | None = None
-    effect: Effect | Callable[[str], Effect] = Effect.NOTHING
-    """What it decides; a function if that depends on the backend, which it is given."""
+    effect: Effect = Effect.NOTHING
     kind: ValueKind = TEXT
     options: Mapping[str, Any] = {}
     """Further arguments of `ArgumentParser.add_argument`."""
-
-    def effect_on(self, backend: str) -> Effect:
-        """Return what the setting decides on a backend, which is named as in `Frozen.backend`."""
-        return self.effect if isinstance(self.effect, Effect) else self.effect(backend)
-
-
-def _effect_of_batch_size(backend: str) -> Effect:
-    from imagemill.pipeline.backends import depends_on_batch
-
-    return Effect.ANSWERS if depends_on_batch(backend) else Effect.NOTHING
 
 
 def number(text: str) -> int | None:
@@ -228,7 +217,11 @@ SETTINGS: Mapping[str, Setting] = {
         ValueKind(None, _one_of("auto", enum="Precision")),
     ),
     "batch_size": Setting(
-        "--batch-size", "images per batch (default: auto)", "N", _effect_of_batch_size, _AUTO
+        "--batch-size",
+        "images per batch (default: auto)",
+        "N",
+        Effect.ANSWERS,  # on some backends: `resume.py` compares it on these
+        _AUTO,
     ),
     "batches_per_step": Setting(
         "--batches-per-step", "batches in flight per device (default: auto)", "N", kind=_THREADS

@@ -6,17 +6,19 @@ it for minutes. So the main thread makes such calls in daemon threads, and waits
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
 A = TypeVar("A")
 
-_unfinished: set[threading.Thread] = set()
-"""Threads whose writes a later write must not overtake."""
+_AT_ONCE = 16
+"""Calls of `run_all`. Servers and object stores take some 30 ms for each."""
+_last_write: list[threading.Thread] = []
+"""The thread of the latest write, which a later one must not overtake; it may have ended."""
 
 
 def run(call: Callable[[], T], *, writes: bool = False) -> T:
@@ -30,46 +32,31 @@ def run(call: Callable[[], T], *, writes: bool = False) -> T:
     """
     if threading.current_thread() is not threading.main_thread():
         return call()
-    if writes:
-        for thread in list(_unfinished):
-            if thread.is_alive():
-                thread.join()
-            _unfinished.discard(thread)
     answer: Future[T] = Future()
     thread = threading.Thread(target=_answer, args=(answer, call), name="waiting", daemon=True)
     if writes:
-        _unfinished.add(thread)
+        for earlier in _last_write:
+            if earlier.is_alive():
+                earlier.join()
+        _last_write[:] = [thread]
     thread.start()
-    try:
-        return answer.result()
-    finally:
-        if answer.done():
-            _unfinished.discard(thread)
+    return answer.result()
 
 
-def run_all(call: Callable[[A], object], items: Iterable[A], at_once: int) -> None:
-    """Call for every item, `at_once` at a time, and handle signals meanwhile.
-
-    Raise the error of the first item whose call failed.
+def run_all(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
+    """Return what a call returns for each item, made for several at once, and handle signals
+    meanwhile. Raise the error of the first item whose call failed.
     """
-    todo: queue.SimpleQueue[tuple[Future[object], A]] = queue.SimpleQueue()
-    answers = []
-    for item in items:
-        answers.append(Future[object]())
-        todo.put((answers[-1], item))
+    answers = [(Future[T](), item) for item in items]
+    waiting = iter(answers)
 
     def work() -> None:
-        while True:
-            try:
-                answer, item = todo.get_nowait()
-            except queue.Empty:
-                return
-            _answer(answer, lambda item=item: call(item))  # type: ignore[misc]
+        for answer, item in waiting:
+            _answer(answer, partial(call, item))
 
-    for _ in range(min(at_once, len(answers))):
+    for _ in answers[:_AT_ONCE]:
         threading.Thread(target=work, name="waiting", daemon=True).start()
-    for answer in answers:
-        answer.result()
+    return [answer.result() for answer, _ in answers]
 
 
 def _answer(answer: Future[T], call: Callable[[], T]) -> None:

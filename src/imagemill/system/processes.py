@@ -60,14 +60,13 @@ class Failed(Struct, frozen=True):
     """A child's last message: an error for the user, which starting it again would not fix."""
 
     kind: str
-    """Class name in `imagemill.errors`."""
+    """Class name; one that `imagemill.errors` does not have stands for `ImagemillError`."""
     message: str
 
     @classmethod
     def of(cls, error: ImagemillError) -> Failed:
         """Return the message that carries an error."""
-        kind = type(error).__name__
-        return cls(kind if hasattr(errors, kind) else "ImagemillError", str(error))
+        return cls(type(error).__name__, str(error))
 
     def error(self) -> ImagemillError:
         """Return the error that the message carries."""
@@ -218,7 +217,13 @@ def connect_to_parent() -> Connection:
     The process dies with its parent, leaves SIGINT and SIGTERM to it, and logs to stderr.
     """
     socket, parent = (int(argument) for argument in sys.argv[1:3])
-    die_with_parent(parent)
+    if sys.platform == "linux":
+        # The kernel kills this process when its parent dies. Elsewhere the process ends at its next
+        # message, when it finds the socket closed.
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(
@@ -267,7 +272,8 @@ def run_child(work: Callable[[Connection], object]) -> int:
 
 def _with_limits(error: ImagemillError) -> ImagemillError:
     """Name the limits of this process in an error that they may have caused."""
-    if isinstance(error, errors.ModelError) and (is_memory_limited() or shortage(error)):
+    is_limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    if isinstance(error, errors.ModelError) and (is_limited or shortage(error)):
         return type(error)(f"{error} (Limits: {limits()}.)")
     return error
 
@@ -327,11 +333,6 @@ def limits() -> str:
     )
 
 
-def is_memory_limited() -> bool:
-    """Return whether `ulimit -v` limits this process."""
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
-
-
 def cpu_ticks(pid: int) -> int | None:
     """Return the CPU time of a process and its children in clock ticks; None if not on Linux."""
     try:
@@ -350,18 +351,6 @@ def pin_to_cores(cores: Iterable[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, cores)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies.
-
-    Only Linux can. Elsewhere the process ends at its next message, when it finds the socket closed.
-    """
-    if sys.platform == "linux":
-        libc: Any = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 if __name__ == "__main__":

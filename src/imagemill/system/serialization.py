@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,7 +24,8 @@ def encode(value: Any) -> bytes:
 def decode(
     data: bytes, kind: type[T], where: str, error: type[ImagemillError], remedy: str = ""
 ) -> T:
-    """Return the record that a JSON document holds. Unknown keys are ignored.
+    """Return the record that a JSON document holds. Unknown keys are ignored, unless the
+    class forbids them.
 
     Args:
         data: the document.
@@ -39,7 +39,7 @@ def decode(
         of the wrong type. The message names the file and the key.
     """
     try:
-        return from_plain(kind, json.loads(data, object_hook=_refuse_size))
+        return from_plain(kind, json.loads(data))
     except (ValueError, RecursionError) as problem:
         raise error(f"{where} cannot be read: {problem}. {remedy}".rstrip()) from problem
 
@@ -57,27 +57,9 @@ def from_plain(kind: type[T], value: Any) -> T:
         "limits.max_pixels: expected `int`, got `str`".
     """
     try:
-        return msgspec.convert(value, kind, str_keys=True, dec_hook=_convert_special)
+        return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError as error:
         raise ValueError(_key_first(str(error))) from None
-
-
-def _refuse_size(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a JSON object, unless it is a recipe with one `size`. That of an early version had no
-    `height` and `width`, so their defaults would be used.
-    """
-    if {"size", "resize", "interpolation"} <= value.keys():
-        raise ValueError("its recipe has a `size`, as early versions of imagemill wrote it")
-    return value
-
-
-def _convert_special(kind: type, value: Any) -> Any:
-    """Return a value of a type that msgspec does not know: a path, or anything (`object`)."""
-    if kind is object:
-        return value
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    raise ValueError(f"expected `{kind.__name__}`, got `{type(value).__name__}`")
 
 
 def _key_first(message: str) -> str:

@@ -74,10 +74,6 @@ class Blob(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Close it. Does nothing the second time."""
-        ...
-
 
 class LocalBlob:
     """A regular file of a file system."""
@@ -88,7 +84,6 @@ class LocalBlob:
         self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         found = os.fstat(self._handle)
         if not stat.S_ISREG(found.st_mode):
-            self.close()
             raise OSError(0, "is not a regular file")
         self.size = found.st_size
 
@@ -100,14 +95,9 @@ class LocalBlob:
             offset, length = offset + len(piece), length - len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def close(self) -> None:
-        """Close it. Does nothing the second time."""
+    def __del__(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
-            self._handle = -1
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def is_url(location: str | bytes) -> bool:
@@ -210,9 +200,7 @@ def open_bucket(url: str, policy: RetryPolicy | None = None) -> Bucket:
     """
     if not is_place(url):
         raise UsageError(f"{url}: {NO_PLACE}.")
-    scheme, _, rest = url.partition("://")
-    bucket, _, prefix = rest.rstrip("/").partition("/")
-    return Bucket(f"{scheme}://{bucket}", prefix, policy or READING)
+    return Bucket(*split(url.rstrip("/")), policy or READING)
 
 
 def split(url: str) -> tuple[str, str]:
@@ -422,9 +410,6 @@ class _ObjectBlob:
             self._url,
             self._policy,
         )
-
-    def close(self) -> None:
-        """Close it. Does nothing the second time."""
 
 
 def _check_size(size: int, max_bytes: int | None) -> None:

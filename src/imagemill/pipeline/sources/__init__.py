@@ -222,7 +222,7 @@ def check(sources: Iterable[str], access: Access = AS_GIVEN) -> None:
         except OSError as error:
             raise _cannot_read(source, error) from error
     # Thousands may have come of one pair of braces.
-    interruptible.run_all(partial(_look, user_agent=access.user_agent), urls, 16)
+    interruptible.run_all(partial(_look, user_agent=access.user_agent), urls)
 
 
 def _cannot_read(source: str, error: OSError) -> SourceError:
@@ -246,7 +246,7 @@ def check_kinds(sources: Iterable[str], *, all_files: bool) -> None:
         UsageError: a file is of another kind. The message says how to give it. SourceError: it
         cannot be read.
     """
-    interruptible.run_all(partial(_check_kind, all_files=all_files), sources, 16)
+    interruptible.run_all(partial(_check_kind, all_files=all_files), sources)
 
 
 def _check_kind(source: str, all_files: bool) -> None:
