@@ -79,11 +79,6 @@ def existing_parts(store: Store) -> dict[int, Path]:
     return store.paths.parts_among(store.names(store.paths.predictions))
 
 
-def committed(store: Store, shards: Iterable[Shard]) -> set[int]:
-    """Return the shards whose part exists. A part appears whole, so its name is enough."""
-    return existing_parts(store).keys() & {shard.number for shard in shards}
-
-
 def examine(store: Store, shard: int, receipt: Receipt | None = None) -> PartRecord:
     """Return what a part holds. Nothing is read if the receipt of its commit is given.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from bisect import bisect_right
 from collections import Counter
@@ -139,18 +140,21 @@ class OpenJob(Struct, frozen=True, dict=True):
         """The shards of the plan, in order. Raises: OutputError if the plan is missing, damaged or
         of another job.
         """
-        shards = self._read_shards()
-        if sum(shard.count for shard in shards) != self.frozen.images:
-            images = counted(self.frozen.images, "image")
+        shards, problem = self._read_shards()
+        if problem:
             raise OutputError(
-                f"{self.paths.shown(self.paths.plan)} does not hold the {images} of job.json. Start"
-                " again in another --output."
+                f"{self.paths.shown(self.paths.plan)} {problem}. Start again in another --output."
             )
         return shards
 
-    def _read_shards(self) -> list[Shard]:
+    def _read_shards(self) -> tuple[list[Shard], str]:
+        """Return the shards of the plan, and what is wrong with it."""
         self.store.fetch_plan(self.plan_nonces)
-        return plan.shards(self.paths.plan, ["", *(found.answer_id for found in self.appended)])
+        answer_ids = ["", *(found.answer_id for found in self.appended)]
+        shards = plan.shards(self.paths.plan, answer_ids)
+        is_whole = sum(shard.count for shard in shards) == self.frozen.images
+        images = counted(self.frozen.images, "image")
+        return shards, "" if is_whole else f"does not hold the {images} of job.json"
 
     def rows(self, shard: Shard) -> list[plan.PlannedRow]:
         """Return the plan's rows of a shard."""
@@ -179,8 +183,9 @@ class OpenJob(Struct, frozen=True, dict=True):
         return tuple(sources[place] for place in sorted(plan.sources_of(self.paths.plan, shards)))
 
     def committed(self) -> set[int]:
-        """Return the shards whose part exists now."""
-        return ledger.committed(self.store, self.shards)
+        """Return the shards whose part exists now. A part appears whole, so its name is enough."""
+        parts = ledger.existing_parts(self.store)
+        return parts.keys() & {shard.number for shard in self.shards}
 
     def committed_shards(self) -> list[Shard]:
         """Return the shards whose part exists now, in order."""
@@ -261,13 +266,10 @@ class OpenJob(Struct, frozen=True, dict=True):
         Raises:
             OutputError: `quarantine` is set while the job runs, or the plan cannot be read.
         """
-        shards = self._read_shards()
-        if sum(shard.count for shard in shards) != self.frozen.images:
-            images = counted(self.frozen.images, "image")
-            what = f"does not hold the {images} of job.json"  # nothing to compare parts with
-            return [ledger.Problem(None, self.paths.plan, what)], []
-        if not quarantine:
-            return list(ledger.verify(self.store, shards, self.frozen.job)), []
-        with lock.locked(self.paths):  # parts that a run replaces meanwhile would look damaged
+        shards, problem = self._read_shards()
+        if problem:  # nothing to compare parts with
+            return [ledger.Problem(None, self.paths.plan, problem)], []
+        # Parts that a run replaces meanwhile would look damaged.
+        with lock.locked(self.paths) if quarantine else contextlib.nullcontext():
             problems = list(ledger.verify(self.store, shards, self.frozen.job))
-            return problems, ledger.quarantine(self.store, problems)
+            return problems, ledger.quarantine(self.store, problems) if quarantine else []

@@ -119,13 +119,11 @@ def compare(
         row = job.row(number)
         return name(row.source, row.path)
 
-    def in_listing(number: int) -> str:
-        return name(*plan.spooled_row(spooled, number))
-
-    first = (match.start() for match in islice(re.finditer(b"\1", is_new), MAX_NAMES))
+    first = islice(re.finditer(b"\1", is_new), MAX_NAMES)
+    names = (name(*plan.spooled_row(spooled, match.start())) for match in first)
     return Difference(
         is_new,
-        Named(is_new.count(1), tuple(map(in_listing, first))),
+        Named(is_new.count(1), tuple(names)),
         changed.named(in_plan),
         missing.named(in_plan),
     )

@@ -23,11 +23,16 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 def flags(cpuinfo: Path = _CPUINFO) -> set[str]:
     """Instruction-set flags, as Linux names them; empty where unknown."""
+    return set(_value(cpuinfo, "flags", "features").split())
+
+
+def _value(cpuinfo: Path, *keys: str) -> str:
+    """Return the first value of one of these keys; empty if there is none."""
     with contextlib.suppress(OSError):
         for line in cpuinfo.read_text().splitlines():
-            if line.lower().startswith(("flags", "features")):
-                return set(line.partition(":")[2].split())
-    return set()
+            if line.lower().startswith(keys):
+                return line.partition(":")[2].strip()
+    return ""
 
 
 def vector_units(known: Container[str]) -> list[str]:
@@ -46,11 +51,8 @@ def unit(precision: Precision, known: Container[str]) -> str | None:
 
 def name(cpuinfo: Path = _CPUINFO) -> str:
     """Its name for people."""
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()  # platform.processor() would start a process
+    # `platform.processor` would start a process.
+    return _value(cpuinfo, "model name") or platform.machine()
 
 
 def usable_cores() -> list[int]:

@@ -35,6 +35,7 @@ from urllib3.exceptions import (
 from urllib3.exceptions import TimeoutError as NoAnswerError
 
 from imagemill.system import userdirs
+from imagemill.system.interruptible import set_answer
 from imagemill.system.messages import one_line
 from imagemill.system.retry import RetryPolicy
 from imagemill.version import __version__
@@ -170,15 +171,8 @@ class _DeadlineMixin(HTTPConnection):
 
     def connect(self) -> None:
         done: Future[None] = Future()
-
-        def call() -> None:
-            try:
-                super(_DeadlineMixin, self).connect()
-                done.set_result(None)
-            except BaseException as error:
-                done.set_exception(error)
-
-        threading.Thread(target=call, name="connect", daemon=True).start()
+        call = (done, super().connect)
+        threading.Thread(target=set_answer, args=call, name="connect", daemon=True).start()
         try:
             done.result(self.timeout)
         except (ssl.SSLCertVerificationError, NewConnectionError):

@@ -33,7 +33,7 @@ def run(call: Callable[[], T], *, writes: bool = False) -> T:
     if threading.current_thread() is not threading.main_thread():
         return call()
     answer: Future[T] = Future()
-    thread = threading.Thread(target=_answer, args=(answer, call), name="waiting", daemon=True)
+    thread = threading.Thread(target=set_answer, args=(answer, call), name="waiting", daemon=True)
     if writes:
         for earlier in _last_write:
             if earlier.is_alive():
@@ -48,18 +48,19 @@ def run_all(call: Callable[[A], T], items: Iterable[A]) -> list[T]:
     meanwhile. Raise the error of the first item whose call failed.
     """
     answers = [(Future[T](), item) for item in items]
-    waiting = iter(answers)
+    waiting = iter(answers)  # threads may share the iterator of a list
 
     def work() -> None:
         for answer, item in waiting:
-            _answer(answer, partial(call, item))
+            set_answer(answer, partial(call, item))
 
     for _ in answers[:_AT_ONCE]:
         threading.Thread(target=work, name="waiting", daemon=True).start()
     return [answer.result() for answer, _ in answers]
 
 
-def _answer(answer: Future[T], call: Callable[[], T]) -> None:
+def set_answer(answer: Future[T], call: Callable[[], T]) -> None:
+    """Call, and set what is returned or raised."""
     try:
         answer.set_result(call())
     except BaseException as error:
