@@ -15,7 +15,7 @@ from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
-from imagemill.records import Clock, DeviceSpec, DeviceSummary, Job, Progress, Receipt, Summary
+from imagemill.records import Clock, DeviceSpec, DeviceSummary, Progress, Receipt, Summary
 from imagemill.system import serialization
 from imagemill.workers.tally import Outcome
 
@@ -104,7 +104,8 @@ def summarise(
         )
 
     failed = sum(receipt.failed for receipt in outcome.receipts)
-    threads, cores = _threads(frozen.job, chosen), _shared_cores(chosen)
+    threads = sum(frozen.job.num_workers or len(device.cores) for device in chosen)
+    cores = _shared_cores(chosen)
     bottleneck, rates, advice = judge(
         list(outcome.clocks.values()), rows, seconds, threads, failed=failed, cores=cores
     )
@@ -133,10 +134,6 @@ def summarise(
         extras=totals.extras,
         recomputed=sum(clock.recomputed for clock in outcome.clocks.values()),
     )
-
-
-def _threads(job: Job, chosen: Sequence[DeviceSpec]) -> int:
-    return sum(job.num_workers or len(device.cores) for device in chosen)
 
 
 def _shared_cores(chosen: Sequence[DeviceSpec]) -> int:
