@@ -67,6 +67,9 @@ class Recorder(Watcher):
     took_s: float = 0.0
     others: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__init__()
+
     def begin(self, total: int, resumed: int) -> Callable[[Progress], None]:
         pace = Pace(total, resumed)
         self.begun = time.monotonic()

@@ -16,21 +16,19 @@ import helpers
 from faults.harness import children
 from imagemill import bench
 from imagemill.bench import measure
-from imagemill.bench.bottleneck import Setup, find_bottleneck, together
-from imagemill.bench.device_figures import device_figures
-from imagemill.bench.measure import machine, synthetic_session
+from imagemill.bench.measure import device_figures, machine, synthetic_session
 from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import DeviceFigures
 from imagemill.display import bench as display
 from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
+from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
 from imagemill.records import (
     Bundle,
     DeviceSpec,
     DeviceSummary,
     MemoryTraffic,
-    Precision,
     Summary,
 )
 from imagemill.system import cpu
@@ -52,20 +50,6 @@ SYNTHETIC = (
 def settings(**changes: Any) -> bench.BenchSettings:
     values: dict[str, Any] = {"model": "tiny", "devices": "null", "batch_size": 4, "iterations": 2}
     return bench.BenchSettings(**(values | changes))
-
-
-def bottleneck(
-    compute: float, decode: float, achieved: float, read_share: float = 0.1, **changes: Any
-) -> tuple[str, tuple[str, ...]]:
-    values: dict[str, Any] = {
-        "precision": Precision.FP32,
-        "hardware": [Precision.BF16, Precision.INT8],
-        "threads": 2,
-        "cores": 2,
-        "shared_cores": True,
-    }
-    setup = Setup(**(values | changes))
-    return find_bottleneck(compute, decode, achieved, read_share=read_share, setup=setup)
 
 
 # What is measured.
@@ -99,7 +83,7 @@ def test_synthetic_needs_no_image_and_keeps_the_meaning_of_its_flags(
         None,
         None,
         None,
-        [],
+        None,
     )
 
 
@@ -129,9 +113,14 @@ def test_people_get_a_line_per_rate_and_device(imagemill: Callable[..., helpers.
 
 
 def test_with_images_three_rates_and_a_bottleneck(
-    jpegs: Callable[..., Path], imagemill: Callable[..., helpers.Result]
+    jpegs: Callable[..., Path],
+    imagemill: Callable[..., helpers.Result],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Decode only, compute only and end to end, which one bounds the job, and what to change."""
+    """Decode only, compute only and end to end, which one bounds the job, and what to change: as
+    the summary of a job says it.
+    """
+    monkeypatch.setattr(stopwatch, "SHORT_S", 0.0)
     folder = jpegs(40)
     arguments = (
         "--model",
@@ -156,7 +145,7 @@ def test_with_images_three_rates_and_a_bottleneck(
         assert report[name]["median"] > 0
         assert set(report[name]["devices"]) <= {"null#0", "null#1"}
     assert report["bound"] in ("decode", "read", "write")  # the null session computes nothing
-    assert report["advice"]
+    assert report["advice"].endswith("would help")
 
 
 @pytest.mark.process
@@ -192,82 +181,6 @@ def test_the_machine_is_described() -> None:
     found = machine()
     assert set(found) == {"system", "processor", "cores", "memory", "python", "vector_units"}
     assert found["cores"].split()[0] == str(len(cpu.usable_cores()))
-
-
-# What is concluded.
-
-
-def test_on_shared_cores_the_times_add_up() -> None:
-    """Computing at 30 and decoding at 60 on the same cores makes 20; on its own silicon it makes
-    30.
-    """
-    assert together(30, 60, shared_cores=True) == pytest.approx(20)
-    assert together(30, 60, shared_cores=False) == pytest.approx(30)
-
-
-def test_the_slower_stage_bounds_the_job() -> None:
-    """compute, decode or read, whichever takes most of an image's time."""
-    assert bottleneck(10, 200, 9.5)[0] == "compute"
-    assert bottleneck(500, 200, 140)[0] == "decode"
-    assert bottleneck(500, 200, 140, read_share=0.9)[0] == "read"
-
-
-def test_what_neither_explains_is_writing_and_starting() -> None:
-    """Far below what both allow together, something else bounds the job, and both figures are
-    named.
-    """
-    bound, advice = bottleneck(100, 100, 20)
-    assert bound == "write"
-    assert advice[0].startswith(
-        "end to end reaches 40% of the 50.0 images/s that computing and decoding allow together:"
-        " larger shards"
-    )
-
-
-@pytest.mark.parametrize(
-    ("rates", "changes", "advice"),
-    [
-        (
-            (10, 200, 9.5),
-            {},
-            ("a lower precision: --precision int8 or bf16", "a second device, or more cores"),
-        ),
-        (
-            (10, 200, 9.5),
-            {"precision": Precision.BF16},
-            ("a lower precision: --precision int8", "a second device, or more cores"),
-        ),
-        ((10, 200, 9.5), {"precision": Precision.INT8}, ("a second device, or more cores",)),
-        ((500, 200, 140), {}, ("more cores", "smaller images")),
-        (
-            (500, 200, 140),
-            {"threads": 1},
-            (
-                "more decoding threads (--num-workers): there are 1 for 2 cores",
-                "more cores",
-                "smaller images",
-            ),
-        ),
-        (
-            (500, 200, 140),
-            {"read_share": 0.8},
-            (
-                "more decoding threads (--num-workers), which read more images at once: there are 2",
-                "faster storage",
-            ),
-        ),
-        (
-            (100, 110, 52),
-            {"precision": Precision.INT8},
-            ("a second device, or more cores", "more cores", "smaller images"),
-        ),
-    ],
-)
-def test_the_advice_fits_the_bound(
-    rates: tuple[float, float, float], changes: dict[str, Any], advice: tuple[str, ...]
-) -> None:
-    """Only what can still be changed is advised, and both stages where they are close."""
-    assert bottleneck(*rates, **changes)[1] == advice
 
 
 # What devices other than the CPU tell.
@@ -344,22 +257,16 @@ def test_people_get_a_line_for_each_figure_of_a_device(count: int, which: str, n
     assert plain == display.format_report(report(None, count))
 
 
-@pytest.mark.parametrize(
-    ("kind", "backend", "expected"),
-    [
-        ("cuda", "torch", [Precision.FP16]),
-        ("cuda", "onnxruntime", []),
-        ("cpu", "torch", [Precision.BF16]),
-        ("cpu", "openvino", [Precision.BF16, Precision.INT8]),
-    ],
-)
-def test_a_lower_precision_is_one_that_the_device_computes_faster(
-    monkeypatch: pytest.MonkeyPatch, kind: str, backend: str, expected: list[Precision]
-) -> None:
-    """A card's units are not the processor's."""
-    monkeypatch.setattr(cpu, "flags", lambda: {"amx_int8", "amx_bf16"})
-    chosen = [DeviceSpec(f"{kind}#0", kind, backend, (0,))]
-    assert measure._faster_precisions(chosen) == expected
+def test_the_last_line_names_the_bottleneck() -> None:
+    """Or says why it is not known. The cores that devices need are named once."""
+    changes = {"bound": "decode", "advice": "more cores; the devices need 32 such cores to be fed"}
+    lines = display.format_report(report(DeviceFigures(cores_needed=31), 1, **changes)).splitlines()
+    assert lines[1:] == [
+        "compute only   10,000.0 images/s (10,000.0 to 10,000.0; 5,120 images each)",
+        "bounded by decode: more cores; the devices need 32 such cores to be fed",
+    ]
+    why = "too short to find the bottleneck: 1.2 s, less than 5 s"
+    assert display.format_report(report(None, 1, advice=why)).splitlines()[-1] == why
 
 
 @pytest.mark.process
@@ -410,8 +317,8 @@ def test_few_images_are_shared_by_all_devices(
         (
             {"synthetic": True, "devices": "cpu", "precision": "int8"},
             (
-                "--precision int8: tiny has no int8 variant yet. Make one: imagemill quantize tiny"
-                " --images SOURCE."
+                "precision int8: tiny has no int8 variant for this machine. Make it: `imagemill"
+                " quantize tiny --images SOURCE`."
             ),
         ),
         (

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from imagemill.bench import measure as bench
 from imagemill.errors import DeviceMemoryError
 from imagemill.models import bundle as bundles
 from imagemill.models import variants
@@ -212,10 +211,10 @@ def test_what_is_measured_without_a_job_uses_accepted_results(
 ) -> None:
     """As `imagemill.load` and `bench` do; nothing is decoded or computed for it."""
     assert auto(images=0) is FP32
-    assert bench._precision(None, model, [GPU])[0] is FP32
+    assert precisions.without_images(None, model, [GPU]).precision is FP32
     auto()
     assert auto(images=0) is FP16
-    assert bench._precision(None, model, [GPU])[0] is FP16
+    assert precisions.without_images(None, model, [GPU]).precision is FP16
     assert card.computed == []
 
 

@@ -19,14 +19,14 @@ from imagemill.models import bundle as bundles
 from imagemill.pipeline.backends import depends_on_batch, devices, open_session
 from imagemill.pipeline.session_checks import check_exactness, check_model
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Limits, Precision, Summary
+from imagemill.records import Limits, Summary
 from imagemill.runner import listing, thresholds
 from imagemill.runner import run as runner
 from imagemill.runner.freeze import session_of
 from imagemill.runner.model import classes_kept, resolve_model, with_recipe
-from imagemill.runner.settings import DEFAULT_MODEL, check_setting, check_settings, make_settings
+from imagemill.runner.settings import check_setting, check_settings, make_settings
 from imagemill.scoring.record import Score
-from imagemill.tuning import check, precisions
+from imagemill.tuning import precisions
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.base import Session
@@ -220,16 +220,7 @@ def load(
     watcher = observer.Terminal() if progress else observer.Watcher()
     found = with_recipe(resolve_model(settings, watcher), settings)
     bundles.verify_hash(found)
-    if precision == Precision.INT8:
-        precisions.refuse_int8(found.card)
-        if check.usable(found, Precision.INT8) is None:
-            raise UsageError(
-                f"precision int8: {found.card.name} has no int8 variant for this machine. Make it:"
-                f" `imagemill quantize {settings.model or DEFAULT_MODEL} --images SOURCE`."
-            )
-    prepared = precisions.prepare(
-        precision, found, (), tuple, 0, chosen=chosen, notify=watcher.notify
-    )
+    prepared = precisions.without_images(precision, found, chosen, watcher.notify)
     spec = session_of(settings, found, prepared, chosen)
     # Twice what sessions have in flight.
     ahead = 4 * len(chosen[0].cores) if chosen[0].kind == "cpu" else 8

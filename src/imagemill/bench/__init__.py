@@ -1,4 +1,4 @@
-"""`imagemill bench` measures how fast this machine computes, decodes and does both, and judges what
+"""`imagemill bench` measures how fast this machine computes, decodes and does both, and says what
 bounds a job.
 
 settings ─► measure.run ─► one process per device, rounds of compute | decode | end to end

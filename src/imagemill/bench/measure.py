@@ -9,38 +9,43 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from msgspec.structs import replace
 
 from imagemill.bench.batch_search import find_batch_size
-from imagemill.bench.bottleneck import Setup, find_bottleneck
-from imagemill.bench.device_figures import device_figures, on_cpu
 from imagemill.bench.messages import Compute, Decode, Measured
 from imagemill.bench.pool import MeasuringPool
-from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, Rates
+from imagemill.bench.records import SEARCH, BenchReport, BenchSettings, DeviceFigures, Rates
 from imagemill.display import observer
 from imagemill.errors import DeviceMemoryError, Interrupted, SourceError, UsageError, counted
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
-from imagemill.models import bundle, resolve, variants
+from imagemill.models import bundle, resolve
 from imagemill.pipeline.backends import automatic, devices
-from imagemill.records import Bundle, DeviceSpec, Lease, Precision, SessionSpec, Settings, Summary
+from imagemill.records import (
+    Bundle,
+    DeviceSpec,
+    Lease,
+    MemoryTraffic,
+    SessionSpec,
+    Settings,
+    Summary,
+)
 from imagemill.runner import dry_run
 from imagemill.runner import run as runner
 from imagemill.runner.freeze import versions_of
 from imagemill.runner.settings import DEFAULT_MODEL, check_setting
 from imagemill.system import cpu
 from imagemill.system.messages import Notify
-from imagemill.tuning import batch_size, on_gpus, precisions
+from imagemill.tuning import batch_size, precisions
 
 COMPUTE_S = 2.0
 """Length of an iteration of compute only without `--batches-per-step`."""
 END_TO_END_S = 10.0
 """Length of an iteration end to end without `--limit`."""
-_MAX_IN_FLIGHT = 256
 _MIN_IMAGES = 64
 
 
@@ -97,10 +102,6 @@ def check(settings: BenchSettings) -> None:
         )
     if settings.iterations < 1:
         raise UsageError(f"--iterations {settings.iterations}: must be at least 1.")
-    if isinstance(settings.batch_size, str) and settings.batch_size != SEARCH:
-        raise UsageError(
-            f"--batch-size {settings.batch_size}: must be a number of images, or `{SEARCH}`."
-        )
     if settings.batch_size != SEARCH:
         check_setting("batch_size", settings.batch_size)
     for name in ("batches_per_step", "num_workers", "limit", "precision"):
@@ -133,8 +134,8 @@ def _with_batch_size(
 def _synthetic(
     settings: BenchSettings, chosen: Sequence[DeviceSpec], notify: Notify
 ) -> BenchReport:
-    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    model = resolve.resolve(settings.model or DEFAULT_MODEL, models_dir, notify=notify)
+    folder = bundle.default_models_dir(settings.models_dir)
+    model = resolve.resolve(settings.model or DEFAULT_MODEL, folder, notify=notify)
     spec, batch_sizes = _with_batch_size(
         synthetic_session(settings, model, chosen), settings, chosen, notify
     )
@@ -159,17 +160,22 @@ def _report(
     batch_sizes: Mapping[str, float],
 ) -> BenchReport:
     """Return what is known of computing alone."""
+    copied = []
+    if all(one.transfer_s for found in rounds for one in found.values()):
+        copied = [
+            {name: one.images / one.transfer_s for name, one in found.items()} for found in rounds
+        ]
     return BenchReport(
         model=spec.card.name,
         precision=spec.precision.value,
         batch_size=spec.batch_size,
         images_per_iteration={"compute_only": _images(rounds[-1])},
-        compute_only=_rates(rounds),
+        compute_only=_measured(rounds),
         machine=machine(),
         versions=versions_of(chosen) | pool.versions,
         settings=settings,
         batch_sizes=batch_sizes,
-        transfer_only=_transfer_rates(rounds),
+        transfer_only=_rates([sum(found.values()) for found in copied], copied) if copied else None,
         device=device_figures(pool.traffic, chosen),
     )
 
@@ -178,43 +184,16 @@ def synthetic_session(
     settings: BenchSettings, model: Bundle, chosen: Sequence[DeviceSpec]
 ) -> SessionSpec:
     """Return the specification of a session that is measured without images."""
-    precision, file = _precision(settings.precision, model, chosen)
+    found = precisions.without_images(settings.precision, model, chosen)
     return SessionSpec(
-        model_file=str(file.absolute()),
+        model_file=str(found.model_file.absolute()),
         card=model.card,
-        precision=precision,
+        precision=found.precision,
         batch_size=_batch_size(settings) or 0,
-        batches_per_step=min(settings.batches_per_step or 0, _MAX_IN_FLIGHT),
+        batches_per_step=settings.batches_per_step or 0,
         cache_dir=str(model.dir.absolute() / "compiled"),
         synthetic=True,
     )
-
-
-def _precision(
-    asked: str | None, model: Bundle, chosen: Sequence[DeviceSpec]
-) -> tuple[Precision, Path]:
-    """The precision and its file; `auto` is what the bundle's results allow, as in a run that is
-    too short for a new result.
-    """
-    devices.check_precision(asked, chosen)
-    if asked in (None, "auto"):
-        if gpus := on_gpus.checked(chosen):
-            return on_gpus.find_accepted(model, gpus[0])[0], model.dir / bundle.MODEL
-        if not precisions.are_checked(chosen):
-            return Precision.FP32, model.dir / bundle.MODEL
-        choice = precisions.choose(model, 0)
-        return choice.precision, choice.model_file
-    precision = Precision(asked)
-    if precision is not Precision.INT8:
-        return precision, model.dir / bundle.MODEL
-    precisions.refuse_int8(model.card)
-    file = variants.int8_file(model.dir, variants.read(model.dir).int8)
-    if file is None:
-        raise UsageError(
-            f"--precision int8: {model.card.name} has no int8 variant yet. Make one: imagemill"
-            f" quantize {bundle.typed(model)} --images SOURCE."
-        )
-    return precision, file
 
 
 def _compute_orders(
@@ -241,8 +220,8 @@ def _with_sources(
     limit = settings.limit or max(
         _MIN_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
     )
-    job = OpenJob.open(folder / "first").frozen.job
-    spec, batch_sizes = _with_batch_size(job.session, settings, chosen, notify)
+    session = OpenJob.open(folder / "first").frozen.job.session
+    spec, batch_sizes = _with_batch_size(session, settings, chosen, notify)
     precision = spec.precision.value  # one for all iterations, whatever `auto` may find meanwhile
     measured = replace(settings, batch_size=spec.batch_size, precision=precision)
     computed, decoded, achieved = [], [], []
@@ -259,23 +238,14 @@ def _with_sources(
             )
             notify(f"iteration {number} of {settings.iterations}: {rates} images/s")
     report = _report(settings, spec, chosen, pool, computed, batch_sizes)
-    compute, decode_only, end_to_end = report.compute_only, _rates(decoded), _summarised(achieved)
-    cores = {core for device in chosen for core in device.cores}
-    read = sum(found.read_s for found in _flatten(decoded))
-    bound, advice = find_bottleneck(
-        compute.median,
-        decode_only.median,
-        end_to_end.median,
-        read_share=read / (sum(found.decode_s for found in _flatten(decoded)) + read),
-        setup=Setup(
-            precision=spec.precision,
-            hardware=_faster_precisions(chosen),
-            threads=sum(job.num_workers or len(device.cores) for device in chosen),
-            cores=len(cores),
-            shared_cores=on_cpu(chosen),
-        ),
+    decode_only = _measured(decoded)
+    end_to_end = _rates(
+        map(_achieved, achieved),
+        [{one.name: one.images_per_second or 0.0 for one in run.devices} for run in achieved],
     )
-    needed = len(cores) * compute.median / decode_only.median
+    middle = sorted(achieved, key=_achieved)[len(achieved) // 2]
+    cores = len({core for device in chosen for core in device.cores})
+    needed = cores * report.compute_only.median / decode_only.median
     return replace(
         report,
         images_per_iteration={
@@ -285,23 +255,14 @@ def _with_sources(
         },
         decode_only=decode_only,
         end_to_end=end_to_end,
-        bound=bound,
-        advice=advice,
+        bound=middle.bottleneck,
+        advice=middle.advice,
         device=device_figures(pool.traffic, chosen, achieved, cores=needed),
     )
 
 
-def _faster_precisions(chosen: Sequence[DeviceSpec]) -> list[Precision]:
-    """Return the precisions that the devices compute faster than fp32, fastest last."""
-    if on_cpu(chosen):
-        found = [one for one in (Precision.BF16, Precision.INT8) if cpu.unit(one, cpu.flags())]
-    else:
-        found = [Precision.FP16]
-    return [one for one in found if one in devices.precisions(chosen)]
-
-
 def _first_run(settings: Settings, notify: Notify) -> Summary:
-    first = runner.run(settings, _Forwarder(notify))
+    first = runner.run(settings, observer.Watcher(notify))
     if not first.ok:
         raise SourceError(
             f"none of the first {counted(first.images, 'image')} of"
@@ -313,17 +274,12 @@ def _first_run(settings: Settings, notify: Notify) -> Summary:
 def _run_settings(
     settings: BenchSettings, chosen: Sequence[DeviceSpec], output: Path, limit: int
 ) -> Settings:
-    same = ("sources", "model", "models_dir", "devices", "precision", "num_workers")
-    in_flight = (
-        min(settings.batches_per_step, _MAX_IN_FLIGHT) if settings.batches_per_step else None
-    )
-    asked = {name: getattr(settings, name) for name in same}
+    same = "sources model models_dir devices precision batches_per_step num_workers".split()
     run = Settings(
-        **asked,
+        **{name: getattr(settings, name) for name in same},
         output=str(output),
         batch_size=_batch_size(settings),
         limit=limit,
-        batches_per_step=in_flight,
         preflight=False,
         report=False,
     )
@@ -341,17 +297,6 @@ def _decode_orders(output: Path, chosen: Sequence[DeviceSpec]) -> dict[str, Deco
     return {name: Decode(opened.frozen.job, leases) for name, leases in by_device.items() if leases}
 
 
-class _Forwarder(observer.Watcher):
-    """Forwards the messages of a run."""
-
-    def __init__(self, notify: Notify) -> None:
-        self._notify = notify
-
-    def notify(self, message: str) -> None:
-        """Forward the message."""
-        self._notify(message)
-
-
 # Rates.
 
 
@@ -366,48 +311,51 @@ def _total(found: Mapping[str, Measured]) -> float:
     )
 
 
-def _transfer_rates(rounds: Sequence[Mapping[str, Measured]]) -> Rates | None:
-    if not all(found.transfer_s for found in _flatten(rounds)):
-        return None
-    per_device = {
-        name: [found[name].images / found[name].transfer_s for found in rounds]
-        for name in rounds[0]
-    }
-    return _summarise_rates(
-        [sum(rates) for rates in zip(*per_device.values(), strict=True)], per_device
-    )
-
-
-def _flatten(rounds: Sequence[Mapping[str, Measured]]) -> list[Measured]:
-    return [one for found in rounds for one in found.values()]
-
-
-def _rates(rounds: Sequence[Mapping[str, Measured]]) -> Rates:
-    per_device = {name: [found[name].images_per_second for found in rounds] for name in rounds[0]}
-    return _summarise_rates([_total(found) for found in rounds], per_device)
-
-
 def _achieved(summary: Summary) -> float:
     return summary.images_per_second or 0.0
 
 
-def _summarised(runs: Sequence[Summary]) -> Rates:
-    names = [device.name for device in runs[0].devices]
-    per_device = {
-        name: [d.images_per_second or 0.0 for one in runs for d in one.devices if d.name == name]
-        for name in names
-    }
-    return _summarise_rates([_achieved(one) for one in runs], per_device)
+def _measured(rounds: Sequence[Mapping[str, Measured]]) -> Rates:
+    return _rates(
+        map(_total, rounds),
+        [{name: one.images_per_second for name, one in found.items()} for found in rounds],
+    )
 
 
-def _summarise_rates(rates: Sequence[float], per_device: Mapping[str, Sequence[float]]) -> Rates:
-    of_devices = {name: round(median(found), 3) for name, found in per_device.items()}
-    return Rates(
-        round(median(rates), 3),
-        round(min(rates), 3),
-        round(max(rates), 3),
-        tuple(round(rate, 3) for rate in rates),
-        of_devices,
+def _rates(totals: Iterable[float], rounds: Sequence[Mapping[str, float]]) -> Rates:
+    """Return the rates of all devices together, and those of each, by name, in the same rounds."""
+    rates = tuple(round(total, 3) for total in totals)
+    of_devices = {name: round(median(found[name] for found in rounds), 3) for name in rounds[0]}
+    return Rates(round(median(rates), 3), min(rates), max(rates), rates, of_devices)
+
+
+def device_figures(
+    traffic: Mapping[str, MemoryTraffic],
+    chosen: Sequence[DeviceSpec],
+    runs: Sequence[Summary] = (),
+    *,
+    cores: float | None = None,
+) -> DeviceFigures | None:
+    """Return the figures of a bench; None on CPUs.
+
+    Args:
+        traffic: device → what its memory allows.
+        chosen: the devices.
+        runs: the iterations end to end.
+        cores: how many cores would decode as fast as the devices compute; None: unknown.
+    """
+    if all(device.kind in ("cpu", "null") for device in chosen):
+        return None
+    shares = [[device.busy for device in run.devices if device.busy is not None] for run in runs]
+    known = [mean(each) for each in shares if each]
+    limits = [one.bytes_per_s / one.bytes_per_image for one in traffic.values()]
+    is_known = len(limits) == len(chosen)
+    return DeviceFigures(
+        busy=round(median(known), 3) if known else None,
+        memory_limit=round(sum(limits), 3) if is_known else None,
+        bytes_per_image=max(one.bytes_per_image for one in traffic.values()) if is_known else None,
+        bytes_per_s=sum(one.bytes_per_s for one in traffic.values()) if is_known else None,
+        cores_needed=math.ceil(cores) if cores else None,
     )
 
 

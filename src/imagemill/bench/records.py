@@ -77,9 +77,9 @@ class BenchReport(Struct, frozen=True, kw_only=True):
     """None without a source, as the next ones."""
     end_to_end: Rates | None = None
     bound: str | None = None
-    """`compute`, `decode`, `read` or `write`."""
-    advice: tuple[str, ...] = ()
-    """What to change, most promising first."""
+    """`compute`, `decode`, `read` or `write`, of the median iteration; None if it was too short."""
+    advice: str | None = None
+    """What to change, or why nothing is known to bound a job."""
     machine: Mapping[str, object]
     versions: Mapping[str, str]
     settings: BenchSettings

@@ -30,8 +30,10 @@ def format_report(report: BenchReport) -> str:
                 f"  {device:<11} {rate:>9,.1f} images/s" for device, rate in rates.devices.items()
             ]
     lines += _format_figures(report)
-    if report.bound:
-        lines.append(f"bounded by {report.bound}. To speed it up: {'; '.join(report.advice)}")
+    if report.advice:
+        lines.append(
+            f"bounded by {report.bound}: {report.advice}" if report.bound else report.advice
+        )
     return "\n".join(lines)
 
 
@@ -51,6 +53,6 @@ def _format_figures(report: BenchReport) -> Iterator[str]:
             f" {found.bytes_per_image / 1e6:,.1f} MB per image,"
             f" {found.bytes_per_s / 1e9:,.1f} GB/s"
         )
-    if found.cores_needed is not None:
+    if found.cores_needed is not None and "such cores" not in (report.advice or ""):
         need = "needs" if len(names) == 1 else "need"
         yield f"{which} {need} {found.cores_needed:,} such cores to be fed with these images"

@@ -10,13 +10,20 @@ from pathlib import Path
 
 from imagemill.display import terminal, text
 from imagemill.records import Progress
+from imagemill.system.messages import Notify
 
 
 class Watcher:
-    """Receives the messages and the progress of a job. This base class ignores them."""
+    """Receives the messages and the progress of a job. This base class forwards the messages, and
+    ignores the rest.
+    """
+
+    def __init__(self, forward: Notify = lambda _: None) -> None:
+        self._forward = forward
 
     def notify(self, message: str) -> None:
         """Receive one line for the user."""
+        self._forward(message)
 
     def download(self, done: int, total: int | None) -> None:
         """Receive the bytes of a model downloaded so far, and in all; None if that is not

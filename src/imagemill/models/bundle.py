@@ -47,8 +47,12 @@ GiB.
 """
 
 
-def default_models_dir() -> Path:
-    """Return `$IMAGEMILL_MODELS`, else `imagemill/models` in the user's cache folder."""
+def default_models_dir(given: str | None = None) -> Path:
+    """Return the folder given, else `$IMAGEMILL_MODELS`, else `imagemill/models` in the user's
+    cache folder.
+    """
+    if given:
+        return Path(given)
     if chosen := os.environ.get("IMAGEMILL_MODELS"):
         return userdirs.expand(chosen)
     return userdirs.cache() / "models"

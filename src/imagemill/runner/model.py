@@ -27,10 +27,9 @@ def resolve_model(settings: Settings, watcher: Watcher) -> Bundle:
         ClassCountError: the number of labels differs from the number of classes.
         ModelError: the model cannot be downloaded or read.
     """
-    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
     found = resolve.resolve(
         settings.model or DEFAULT_MODEL,
-        models_dir,
+        bundle.default_models_dir(settings.models_dir),
         notify=watcher.notify,
         progress=watcher.download,
     )
@@ -113,8 +112,7 @@ def describe_labels(labels: Sequence[str]) -> str:
 
 def is_local(settings: Settings) -> bool:
     """Return whether the model can be found without downloading published weights."""
-    models_dir = Path(settings.models_dir) if settings.models_dir else bundle.default_models_dir()
-    return resolve.is_local(str(settings.model), models_dir)
+    return resolve.is_local(str(settings.model), bundle.default_models_dir(settings.models_dir))
 
 
 def verify_model(frozen: Frozen) -> None:

@@ -135,6 +135,28 @@ def prepare(
     return found
 
 
+def without_images(
+    setting: str | None,
+    bundle: Bundle,
+    chosen: Sequence[DeviceSpec],
+    notify: Notify = lambda _: None,
+) -> ChosenPrecision:
+    """Return the precision of a session outside a job: accepted before, or asked for.
+
+    Raises:
+        UsageError: the devices do not compute in it, or there is no int8 model for this machine.
+    """
+    devices.check_precision(setting, chosen)
+    if setting == Precision.INT8:
+        refuse_int8(bundle.card)
+        if usable(bundle, Precision.INT8) is None:
+            raise UsageError(
+                f"precision int8: {bundle.card.name} has no int8 variant for this machine. Make it:"
+                f" `imagemill quantize {bundles.typed(bundle)} --images SOURCE`."
+            )
+    return prepare(setting, bundle, (), tuple, 0, chosen=chosen, notify=notify)
+
+
 def _chosen(
     bundle: Bundle, precision: Precision, record: PrecisionRecord | None, *lines: str
 ) -> ChosenPrecision:
