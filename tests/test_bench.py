@@ -20,7 +20,7 @@ from imagemill.bench.measure import device_figures, machine, synthetic_session
 from imagemill.bench.messages import Compute
 from imagemill.bench.pool import MeasuringPool
 from imagemill.bench.records import DeviceFigures
-from imagemill.display import bench as display
+from imagemill.display.results import format_bench
 from imagemill.errors import Interrupted, ModelError, SourceError, UsageError, WorkerError
 from imagemill.pipeline import stopwatch
 from imagemill.pipeline.backends import devices
@@ -241,7 +241,7 @@ def test_what_a_device_does_not_tell_is_left_out() -> None:
 def test_people_get_a_line_for_each_figure_of_a_device(count: int, which: str, need: str) -> None:
     """And none for the others."""
     made = report(DeviceFigures(0.51, 26_900, 104.5e6, 2.811e12, 31), count)
-    text = display.format_report(made)
+    text = format_bench(made)
     assert text.splitlines()[-3:] == [
         f"{which} computed for 51% of the time end to end",
         "compute only is 37% of the 26,900.0 images/s that memory allows: 104.5 MB per image,"
@@ -249,24 +249,24 @@ def test_people_get_a_line_for_each_figure_of_a_device(count: int, which: str, n
         f"{need} 31 such cores to be fed with these images",
     ]
     transfer = bench.Rates(90_000, 1, 2, (90_000,), {"cuda#0": 90_000})
-    with_transfer = display.format_report(report(None, 1, transfer_only=transfer))
+    with_transfer = format_bench(report(None, 1, transfer_only=transfer))
     assert with_transfer.splitlines()[-1] == (
         "transfer only  90,000.0 images/s (1.0 to 2.0; 5,120 images each)"
     )
-    plain = display.format_report(report(DeviceFigures(), count))
-    assert plain == display.format_report(report(None, count))
+    plain = format_bench(report(DeviceFigures(), count))
+    assert plain == format_bench(report(None, count))
 
 
 def test_the_last_line_names_the_bottleneck() -> None:
     """Or says why it is not known. The cores that devices need are named once."""
     changes = {"bound": "decode", "advice": "more cores; the devices need 32 such cores to be fed"}
-    lines = display.format_report(report(DeviceFigures(cores_needed=31), 1, **changes)).splitlines()
+    lines = format_bench(report(DeviceFigures(cores_needed=31), 1, **changes)).splitlines()
     assert lines[1:] == [
         "compute only   10,000.0 images/s (10,000.0 to 10,000.0; 5,120 images each)",
         "bounded by decode: more cores; the devices need 32 such cores to be fed",
     ]
     why = "too short to find the bottleneck: 1.2 s, less than 5 s"
-    assert display.format_report(report(None, 1, advice=why)).splitlines()[-1] == why
+    assert format_bench(report(None, 1, advice=why)).splitlines()[-1] == why
 
 
 @pytest.mark.process

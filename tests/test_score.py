@@ -203,7 +203,7 @@ def test_a_job_without_a_readable_image_has_a_score(make: Make) -> None:
     """Its accuracy is 0 over all, and not known over readable ones."""
     found = score(make({"cat/0.jpg": Status.EMPTY}), "folders")
     assert (found.top1.value, found.top1_readable.value) == (0.0, None)
-    from imagemill.display.score import format_score
+    from imagemill.display.results import format_score
 
     assert "  over readable images: not known: no image is readable" in format_score(found)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from imagemill.cli.options import JOB, JSON, Command, add_settings
-from imagemill.cli.output import as_json, log, open_job, print_result
+from imagemill.cli.output import log, open_job, print_result
 from imagemill.runner.settings import SETTINGS, make_settings
 
 
@@ -36,16 +35,10 @@ def _run(parsed: argparse.Namespace) -> int:
         found = dry_run.dry_run(settings)
         for note in found.notes:
             log(note)
-        if parsed.json:
-            print(as_json(found))
-        else:
-            print_result(results.format_dry_run(found))
+        print_result(parsed, found, results.format_dry_run(found))
     else:
         summary = run.run(settings, observer.Terminal())
-        if parsed.json:
-            print(as_json(summary))
-        else:
-            print_result(results.format_summary(summary, verbose=parsed.verbose))
+        print_result(parsed, summary, results.format_summary(summary, verbose=parsed.verbose))
     return 0
 
 
@@ -101,15 +94,11 @@ def _add_status(command: Command) -> None:
 
 def _status(parsed: argparse.Namespace) -> int:
     from imagemill.display import results
+    from imagemill.runner import resume
 
     job = open_job(parsed.dir)
     found = job.status()
-    if parsed.json:
-        print(as_json(found))
-    else:
-        from imagemill.runner import resume
-
-        print_result(results.format_status(found, resume.command_of(job)))
+    print_result(parsed, found, results.format_status(found, resume.command_of(job)))
     return 0
 
 
@@ -135,14 +124,11 @@ def _verify(parsed: argparse.Namespace) -> int:
     found = [{"shard": p.shard, "path": shown(p.path), "problem": p.what} for p in problems]
     moved_to = [shown(path) for path in moved]
     images = job.frozen.images
-    if parsed.json:
-        report = {"sound": not found, "images": images, "problems": found, "moved": moved_to}
-        print(json.dumps(report))
-    else:
-        print_result(results.format_problems(found, moved_to, images))
-        if any(problem.damaged for problem in problems) and not parsed.quarantine:
-            log(
-                f"to repair it, run `imagemill verify --quarantine {parsed.dir}`, which moves"
-                " damaged parts to another folder, then repeat the run"
-            )
+    report = {"sound": not found, "images": images, "problems": found, "moved": moved_to}
+    print_result(parsed, report, results.format_problems(found, moved_to, images))
+    if any(p.damaged for p in problems) and not (parsed.quarantine or parsed.json):
+        log(
+            f"to repair it, run `imagemill verify --quarantine {parsed.dir}`, which moves damaged"
+            " parts to another folder, then repeat the run"
+        )
     return 1 if found else 0

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from imagemill.cli.options import JSON, Command, add_settings
-from imagemill.cli.output import as_json, log, print_result
+from imagemill.cli.output import log, print_result
 from imagemill.runner.settings import SETTINGS, ValueKind, number
 
 
@@ -27,10 +26,7 @@ def _devices(parsed: argparse.Namespace) -> int:
     from imagemill.pipeline.backends.offers import offers
 
     found = offers()
-    if parsed.json:
-        print(json.dumps({"devices": found}))
-    else:
-        print_result(results.format_devices(found))
+    print_result(parsed, {"devices": found}, results.format_devices(found))
     return 0
 
 
@@ -81,17 +77,12 @@ _number_or_search.__name__ = "number"  # in argparse's messages
 
 def _bench(parsed: argparse.Namespace) -> int:
     from imagemill import bench
-    from imagemill.display import bench as display
+    from imagemill.display import results
+    from imagemill.system import serialization
 
-    same = (
-        "synthetic model models_dir devices precision batch_size batches_per_step num_workers"
-        " iterations limit".split()
-    )
-    settings = bench.BenchSettings(
-        sources=tuple(parsed.sources), **{name: getattr(parsed, name) for name in same}
-    )
+    settings = serialization.from_plain(bench.BenchSettings, vars(parsed))
     report = bench.run(settings, log)
-    print(as_json(report) if parsed.json else display.format_report(report))
+    print_result(parsed, report, results.format_bench(report))
     return 0
 
 
@@ -126,9 +117,9 @@ def _add_partition(command: Command) -> None:
 def _partition(parsed: argparse.Namespace) -> int:
     from imagemill.arrange import partition
     from imagemill.arrange.links import Link
-    from imagemill.display import folders
+    from imagemill.display import results
 
     link = Link(parsed.link) if parsed.link else None
     made = partition.partition(parsed.data_dir, parsed.partitions, parsed.output, link, log)
-    print(as_json(made) if parsed.json else folders.format_partitioned(made))
+    print_result(parsed, made, results.format_partitioned(made))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from imagemill.cli.options import (
@@ -14,7 +13,7 @@ from imagemill.cli.options import (
     add_settings,
     given_preprocessing,
 )
-from imagemill.cli.output import as_json, log, print_result
+from imagemill.cli.output import log, print_result
 from imagemill.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -40,26 +39,20 @@ def _add_models(command: Command) -> None:
 
 
 def _models_dir(parsed: argparse.Namespace) -> Path:
-    from pathlib import Path
-
     from imagemill.models import bundle
 
-    return Path(parsed.models_dir) if parsed.models_dir else bundle.default_models_dir()
+    return bundle.default_models_dir(parsed.models_dir)
 
 
 def _models(parsed: argparse.Namespace) -> int:
     from imagemill.display import models
     from imagemill.models import listing
-    from imagemill.system import serialization
 
-    folder = _models_dir(parsed)
-    rows = [row for row in listing.listing(folder) if row.matches(parsed.word or "")]
-    if parsed.json:
-        print(json.dumps({"models_dir": str(folder), "models": serialization.to_plain(rows)}))
-    else:
-        types, missing = listing.network_types(parsed.word or ""), listing.missing_extras()
-        text = models.format_models(rows, str(folder), parsed.word, types=types, missing=missing)
-        print(text)
+    folder, word = _models_dir(parsed), parsed.word
+    rows = [row for row in listing.listing(folder) if row.matches(word or "")]
+    types, missing = listing.network_types(word or ""), listing.missing_extras()
+    text = models.format_models(rows, str(folder), word, types=types, missing=missing)
+    print_result(parsed, {"models_dir": folder, "models": rows}, text)
     return 0
 
 
@@ -339,8 +332,5 @@ def _quantize(parsed: argparse.Namespace) -> int:
         truth=parsed.truth,
         notify=log,
     )
-    if parsed.json:
-        print(as_json(report))
-    else:
-        print_result("\n".join(command.report_lines(report)))
+    print_result(parsed, report, "\n".join(command.report_lines(report)))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -31,18 +32,17 @@ def open_job(
     return opened
 
 
-def print_result(result: str) -> None:
-    """Print text for people, in lines that fit into a terminal."""
-    from imagemill.display import text
-
-    print(text.fit_to(result, sys.stdout))
-
-
-def as_json(record: object) -> str:
-    """Return a record as one JSON object."""
+def print_result(parsed: argparse.Namespace, record: object, text: str) -> None:
+    """Print a result: with `--json` the record as one JSON object, else the text for people, in
+    lines that fit into a terminal.
+    """
+    from imagemill.display.text import fit_to
     from imagemill.system import serialization
 
-    return json.dumps(serialization.to_plain(record))
+    if parsed.json:
+        print(json.dumps(serialization.to_plain(record)))
+    else:
+        print(fit_to(text, sys.stdout))
 
 
 def log(message: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from imagemill.cli.options import ACCESS, JOB, JSON, Command, add_settings, probability
-from imagemill.cli.output import as_json, log, open_job, print_result
+from imagemill.cli.output import log, open_job, print_result
 from imagemill.errors import UsageError
 
 
@@ -108,17 +108,14 @@ def _add_score(command: Command) -> None:
 
 def _score(parsed: argparse.Namespace) -> int:
     from imagemill import report
-    from imagemill.display import score as display
+    from imagemill.display.results import format_score
     from imagemill.scoring import score
 
     job = open_job(parsed.dir, parsed.moved, parsed.user_agent)
     found = score.score(job, parsed.truth)
     for note in found.notes:
         log(note)
-    if parsed.json:
-        print(as_json(found))
-    else:
-        print_result(display.format_score(found))
+    print_result(parsed, found, format_score(found))
     report.add_score(job, found, log, rewrite=parsed.report)
     top1 = found.top1.value or 0.0
     if parsed.min_top1 is not None and top1 < parsed.min_top1:
@@ -176,7 +173,7 @@ def _sort(parsed: argparse.Namespace) -> int:
 
     from imagemill.arrange import sort
     from imagemill.arrange.links import Link
-    from imagemill.display import folders
+    from imagemill.display.results import format_sorted
 
     if "://" in parsed.into:
         raise UsageError(f"--into {parsed.into} is a URL. Give a folder on this machine.")
@@ -190,5 +187,5 @@ def _sort(parsed: argparse.Namespace) -> int:
         dry_run=parsed.dry_run,
         log=log,
     )
-    print(as_json(done) if parsed.json else folders.format_sorted(done, dry_run=parsed.dry_run))
+    print_result(parsed, done, format_sorted(done, dry_run=parsed.dry_run))
     return 1 if done.unreadable or done.missing else 0

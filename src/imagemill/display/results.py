@@ -11,10 +11,16 @@ from imagemill.display.text import format_duration, format_statuses
 from imagemill.errors import counted
 
 if TYPE_CHECKING:
+    from imagemill.arrange.partition import Partitioned
+    from imagemill.arrange.sort import Sorted
+    from imagemill.bench.records import BenchReport, Rates
     from imagemill.job.open_job import JobStatus
     from imagemill.records import Summary
     from imagemill.runner.dry_run import DryRun
+    from imagemill.scoring.record import Score, Share
 
+_CONFUSIONS = 10
+"""Confusions that `imagemill score` names, the most frequent ones."""
 _MAX_MISSING = 10
 """Missing parts that `imagemill verify` names one by one."""
 
@@ -197,3 +203,138 @@ def format_devices(offers: Iterable[Mapping[str, Any]]) -> str:
         notes = [missing, *offer["notes"]] if missing else offer["notes"]
         lines += [f"{'':<8} {note}" for note in notes]
     return "\n".join(lines)
+
+
+def format_score(score: Score) -> str:
+    """Return the figures of a score, without those of single classes."""
+    return "\n".join(_score_lines(score))
+
+
+def _score_lines(score: Score) -> Iterator[str]:
+    shares = [("top-1", score.top1, score.top1_readable)]
+    if score.top5 and score.top5_readable:
+        shares.append(("top-5", score.top5, score.top5_readable))
+    for name, over_all, readable in shares:
+        yield f"{name}: {_format_share(over_all)}"
+        if score.failed:
+            yield f"  over readable images: {_format_share(readable)}"
+    if score.failed:
+        statuses = format_statuses(dict(score.failed_by_status))
+        yield f"failed images, which count as wrong: {score.failed:,} ({statuses})"
+    if score.unclassified:
+        yield (
+            f"images without a class of at least the minimum probability, which count as wrong:"
+            f" {score.unclassified:,}"
+        )
+    means = {"over classes": score.macro, "over images": score.weighted}
+    for name, average in means.items():
+        if average:
+            yield (
+                f"mean {name}: precision {average.precision:.1%}, recall"
+                f" {average.recall:.1%}, F1 {average.f1:.1%}"
+            )
+    if score.calibration:
+        yield f"expected calibration error: {score.calibration.error:.1%}"
+    if score.confusions:
+        yield "most frequent confusions (true label → predicted label):"
+        for found in score.confusions[:_CONFUSIONS]:
+            yield f"  {found.images:>6,}  {found.label} → {found.predicted_label}"
+    by = f", matched by {score.matched_by}" if score.matched_by else ""
+    yield f"truth: {score.truth}, read as {score.read_as}{by}"
+    for why, names in score.omitted_by_reason().items():
+        yield f"not given: {names}, because {why}"
+
+
+def _format_share(share: Share) -> str:
+    if share.value is None:
+        return "not known: no image is readable"
+    return (
+        f"{share.value:.1%} ({share.correct:,} of {counted(share.images, 'image')}; 95 % interval"
+        f" {share.low:.1%} to {share.high:.1%})"
+    )
+
+
+def format_partitioned(made: Partitioned) -> str:
+    """Return the outcome as text."""
+    least, most = min(made.partitions), max(made.partitions)
+    size = f"{least:,}" if least == most else f"{least:,} or {most:,}"
+    what = "copies" if made.link == "copy" else f"{made.link} links"
+    lines = [
+        f"{counted(made.images, 'image')} in {counted(len(made.partitions), 'partition')} of"
+        f" {size}: {made.output}"
+        f" ({made.made:,} {what} made)"
+    ]
+    if made.skipped_by_suffix:
+        lines.append(f"skipped: {format_skipped(made.skipped_by_suffix, 0, 0, 0)}")
+    return "\n".join(lines)
+
+
+def format_sorted(outcome: Sorted, *, dry_run: bool = False) -> str:
+    """Return the outcome as text: the largest folders, and what was left out."""
+    count = len(outcome.folders)
+    verb = "would be sorted" if dry_run else "sorted"
+    lines = [
+        f"{counted(outcome.images, 'image')} {verb} into {counted(count, 'folder')}: {outcome.into}"
+    ]
+    if not dry_run:
+        kind = "copy" if outcome.link == "copy" else f"{outcome.link} link"
+        kinds = kind if outcome.made == 1 else "copies" if kind == "copy" else f"{kind}s"
+        lines[0] += f" ({outcome.made:,} new {kinds}"
+        lines[0] += f", {outcome.removed:,} old ones removed)" if outcome.removed else ")"
+    largest = list(outcome.folders.items())[:10]
+    width = max((len(f"{number:,}") for _, number in largest), default=0)
+    lines += [f"  {number:>{width},}  {folder}" for folder, number in largest]
+    if count > len(largest):
+        lines.append(f"  … and {count - len(largest):,} more folders")
+    if outcome.left_out:
+        lines.append(f"left out: {format_statuses(dict(outcome.left_out))}")
+    if outcome.unreadable:
+        lines.append(f"{outcome.unreadable:,} cannot be read now: {outcome.first_unreadable[0]}")
+    return "\n".join(lines)
+
+
+def format_bench(report: BenchReport) -> str:
+    """Return the report as text."""
+    count = report.settings.iterations
+    lines = [
+        f"{report.model} in {report.precision}, batches of {report.batch_size}, median of"
+        f" {counted(count, 'iteration')}"
+    ]
+    for name in ("compute_only", "transfer_only", "decode_only", "end_to_end"):
+        rates: Rates | None = getattr(report, name)
+        if rates is None:
+            continue
+        images = report.images_per_iteration[name.replace("transfer", "compute")]
+        spread = f"({rates.min:,.1f} to {rates.max:,.1f}; {images:,} images each)"
+        lines.append(f"{name.replace('_', ' '):<13} {rates.median:>9,.1f} images/s {spread}")
+        if len(rates.devices) > 1:
+            lines += [
+                f"  {device:<11} {rate:>9,.1f} images/s" for device, rate in rates.devices.items()
+            ]
+    lines += _format_device_figures(report)
+    if report.advice:
+        lines.append(
+            f"bounded by {report.bound}: {report.advice}" if report.bound else report.advice
+        )
+    return "\n".join(lines)
+
+
+def _format_device_figures(report: BenchReport) -> Iterator[str]:
+    """Yield a line for each figure that is known."""
+    found = report.device
+    if found is None:
+        return
+    names = list(report.compute_only.devices)
+    which = names[0] if len(names) == 1 else "the devices"
+    if found.busy is not None:
+        yield f"{which} computed for {found.busy:.0%} of the time end to end"
+    if found.memory_limit and found.bytes_per_image and found.bytes_per_s:
+        yield (
+            f"compute only is {report.compute_only.median / found.memory_limit:.0%} of the"
+            f" {found.memory_limit:,.1f} images/s that memory allows:"
+            f" {found.bytes_per_image / 1e6:,.1f} MB per image,"
+            f" {found.bytes_per_s / 1e9:,.1f} GB/s"
+        )
+    if found.cores_needed is not None and "such cores" not in (report.advice or ""):
+        need = "needs" if len(names) == 1 else "need"
+        yield f"{which} {need} {found.cores_needed:,} such cores to be fed with these images"
