@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Which options does each command have?

@@ -25,7 +25,7 @@ import helpers
 import sample_images
 from archive_files import pack
 from imagemill import report
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 from imagemill.errors import JobMismatchError, OutputError, SourceError, UsageError
 from imagemill.job import documents, plan
 from imagemill.job.open_job import OpenJob

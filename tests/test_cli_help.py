@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from imagemill import cli
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 from imagemill.records import Limits
 from imagemill.runner.settings import GROUPS, SETTINGS
 

@@ -12,7 +12,7 @@ import pytest
 
 import helpers
 from imagemill import records
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 from imagemill.job import columns as columns_module
 from imagemill.job.paths import JobPaths
 from imagemill.pipeline.sources.base import IMAGE_SUFFIXES

@@ -25,7 +25,7 @@ import helpers
 import made_jobs
 import sample_images
 from archive_files import pack, tar
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 from imagemill.display.observer import Watcher
 from imagemill.errors import JobMismatchError, SourceError, UsageError
 from imagemill.job import documents, export

@@ -17,7 +17,7 @@ import safetensors.numpy
 import helpers
 import pth_files
 from hub_server import Hub, Repo
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 from imagemill.models.architectures import ARCHITECTURES
 from test_hub_run import FOLDERS, files_of, with_config
 

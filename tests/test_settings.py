@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import helpers
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 from imagemill.errors import UsageError
 from imagemill.records import Settings
 from imagemill.runner.settings import (

@@ -22,7 +22,7 @@ from PIL import Image
 import helpers
 import sample_images
 from imagemill import api, cli
-from imagemill.cli.commands import make_parser
+from imagemill.cli import make_parser
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, evaluate

@@ -44,111 +44,92 @@ def add_settings(sub: argparse.ArgumentParser, settings: Mapping[str, Setting]) 
             group.add_argument(*flags, **given, **setting.options)
 
 
-_PREPROCESSING: Final = (
-    *("size", "resize", "crop", "fill", "centre", "interpolation", "exif"),
-    *("color", "scale", "mean", "std", "scores", "labels", "licence"),
-)
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isascii() and text.isdecimal() else text
+
+
+_PREPROCESSING: Final[Mapping[str, Mapping[str, Any]]] = {
+    "mean": {
+        "type": float,
+        "nargs": 3,
+        "metavar": ("R", "G", "B"),
+        "help": "mean to subtract; red green blue, whatever --color is (default: 0 0 0)",
+    },
+    "std": {
+        "type": float,
+        "nargs": 3,
+        "metavar": ("R", "G", "B"),
+        "help": "divisor; red green blue, whatever --color is (default: 1 1 1)",
+    },
+    "scale": {
+        "type": int,
+        "metavar": "1|255",
+        "help": "range of the pixels that --mean and --std apply to: 0 to 1 (default) or 0 to 255",
+    },
+    "color": {
+        "metavar": "RGB|BGR",
+        "help": "order of the model's channels (default: RGB)",
+    },
+    "size": {
+        "type": _number_or_text,
+        "metavar": "N|WxH",
+        "help": "width and height of the input (default: from the file)",
+    },
+    "resize": {
+        "type": _number_or_text,
+        "metavar": "N|WxH|pad|none",
+        "help": "resize the short side to N, or both sides to WxH, or fit the image into the input"
+        " and fill the rest (pad), or none (default: size / 0.875; with --crop none: both sides to"
+        " size)",
+    },
+    "crop": {
+        "metavar": "center|none",
+        "help": "use the centre of the resized image, or all of it (default: center)",
+    },
+    "fill": {
+        "metavar": "#RRGGBB",
+        "help": "colour around an image smaller than the input (default: #000000)",
+    },
+    "centre": {
+        "metavar": "LIBRARY",
+        "help": "whose centre to cut out if the number of pixels is odd: torchvision (default) or"
+        " transformers",
+    },
+    "interpolation": {
+        "metavar": "FILTER",
+        "help": "nearest, box, bilinear, hamming, bicubic, lanczos (default: bilinear)",
+    },
+    "exif": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "rotate images as their EXIF orientation says (default: yes)",
+    },
+    "scores": {
+        "metavar": "KIND",
+        "help": "output of the model: logits, softmax (probabilities), or sigmoid (one independent"
+        " probability per class) (default: as the graph ends, else logits)",
+    },
+    "labels": {
+        "metavar": "FILE",
+        "help": "file with one label per line, in the order of the classes (default: from the file,"
+        " else numbers)",
+    },
+    "licence": {
+        "metavar": "NAME",
+        "help": "licence of the weights (default: from the file)",
+    },
+}
 """Flags of `add_preprocessing`; each is a field of `ModelCard`."""
 
 
 def add_preprocessing(sub: argparse._ActionsContainer) -> None:
     """Add the flags that say how an image becomes the model's input and what its scores mean."""
-    colours = ("R", "G", "B")
-    sub.add_argument(
-        "--mean",
-        type=float,
-        nargs=3,
-        metavar=colours,
-        help="mean to subtract; red green blue, whatever --color is (default: 0 0 0)",
-    )
-    sub.add_argument(
-        "--std",
-        type=float,
-        nargs=3,
-        metavar=colours,
-        help="divisor; red green blue, whatever --color is (default: 1 1 1)",
-    )
-    sub.add_argument(
-        "--scale",
-        type=int,
-        metavar="1|255",
-        help="range of the pixels that --mean and --std apply to: 0 to 1 (default) or 0 to 255",
-    )
-    sub.add_argument(
-        "--color", metavar="RGB|BGR", help="order of the model's channels (default: RGB)"
-    )
-    sub.add_argument(
-        "--size",
-        type=_number_or_text,
-        metavar="N|WxH",
-        help="width and height of the input (default: from the file)",
-    )
-    sub.add_argument(
-        "--resize",
-        type=_number_or_text,
-        metavar="N|WxH|pad|none",
-        help=(
-            "resize the short side to N, or both sides to WxH, or fit the image into the input and"
-            " fill the rest (pad), or none (default: size / 0.875; with --crop none: both sides to"
-            " size)"
-        ),
-    )
-    sub.add_argument(
-        "--crop",
-        metavar="center|none",
-        help="use the centre of the resized image, or all of it (default: center)",
-    )
-    sub.add_argument(
-        "--fill",
-        metavar="#RRGGBB",
-        help="colour around an image smaller than the input (default: #000000)",
-    )
-    sub.add_argument(
-        "--centre",
-        metavar="LIBRARY",
-        help=(
-            "whose centre to cut out if the number of pixels is odd: torchvision (default) or"
-            " transformers"
-        ),
-    )
-    sub.add_argument(
-        "--interpolation",
-        metavar="FILTER",
-        help="nearest, box, bilinear, hamming, bicubic, lanczos (default: bilinear)",
-    )
-    sub.add_argument(
-        "--exif",
-        action=argparse.BooleanOptionalAction,
-        help="rotate images as their EXIF orientation says (default: yes)",
-    )
-    sub.add_argument(
-        "--scores",
-        metavar="KIND",
-        help=(
-            "output of the model: logits, softmax (probabilities), or sigmoid (one independent"
-            " probability per class) (default: as the graph ends, else logits)"
-        ),
-    )
-    sub.add_argument(
-        "--labels",
-        metavar="FILE",
-        help=(
-            "file with one label per line, in the order of the classes (default: from the file,"
-            " else numbers)"
-        ),
-    )
-    sub.add_argument(
-        "--licence", metavar="NAME", help="licence of the weights (default: from the file)"
-    )
+    for name, options in _PREPROCESSING.items():
+        sub.add_argument(f"--{name}", **options)
 
 
 def given_preprocessing(parsed: argparse.Namespace) -> dict[str, Any]:
     """Return what the flags of `add_preprocessing` say, by field of ModelCard."""
     return {name: getattr(parsed, name) for name in _PREPROCESSING}
-
-
-def _number_or_text(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdecimal() else text
 
 
 def probability(text: str) -> float:
