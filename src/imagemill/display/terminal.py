@@ -11,11 +11,16 @@ import importlib
 import os
 import sys
 import time
-from abc import ABC, abstractmethod
 from typing import Any, TextIO, final
 
 from imagemill.display.pace import Estimate, Pace
-from imagemill.display.text import format_duration, format_line, format_lines, print_line
+from imagemill.display.text import (
+    failure_parts,
+    format_duration,
+    format_lines,
+    job_parts,
+    print_line,
+)
 from imagemill.records import Progress
 
 _PLAIN_S = 10.0
@@ -31,23 +36,32 @@ _RESERVED_LINES = 8
 """Lines of a terminal that are kept free of devices."""
 
 
-class Display(ABC):
+class Display:
     """Shows the progress of one job. Call it with every `Progress`, then close it."""
+
+    _pause_s = 0.0
+    """How long what is shown stays."""
 
     def __init__(self, total: int, resumed: int) -> None:
         self._pace = Pace(total, resumed)
+        self._begun_s = self._next_s = time.monotonic()
+        self._latest: tuple[Progress, Estimate] | None = None
 
     def __call__(self, progress: Progress) -> None:
         """Show the progress, if it is time to."""
-        self.show(progress, self._pace.add(progress))
+        self._latest = progress, self._pace.add(progress)
+        if time.monotonic() >= self._next_s:
+            self.show(*self._latest)
+            self._next_s = time.monotonic() + self._pause_s
 
-    @abstractmethod
     def show(self, progress: Progress, estimate: Estimate) -> None:
-        """Show the progress and what `Pace` estimates from it, if it is time to."""
+        """Show the progress and what `Pace` estimates from it."""
+        raise NotImplementedError
 
-    @abstractmethod
     def close(self) -> None:
-        """End the display, after the last progress."""
+        """Show the end state."""
+        if self._latest:
+            self.show(*self._latest)
 
 
 @final
@@ -57,28 +71,16 @@ class PlainDisplay(Display):
     def __init__(self, total: int, resumed: int, stream: TextIO | None = None) -> None:
         super().__init__(total, resumed)
         self._stream = stream or sys.stderr
-        self._begun_s = self._next_s = time.monotonic()
-        self._printed = self._latest = ""
+        self._printed = ""
 
     def show(self, progress: Progress, estimate: Estimate) -> None:
-        """Print a line if the last one is long enough ago."""
-        if not progress.since_first_lease_s:
-            return
-        self._latest = format_line(progress, estimate)
-        now_s = time.monotonic()
-        if now_s >= self._next_s:
-            wait_s = max(_PLAIN_S, _PLAIN_SHARE * (now_s - self._begun_s))
-            self._next_s = now_s + min(_MAX_PLAIN_S, wait_s)
-            self._print()
-
-    def close(self) -> None:
-        """Print the end state."""
-        if self._latest != self._printed:
-            self._print()
-
-    def _print(self) -> None:
-        self._printed = self._latest
-        print_line(self._latest, self._stream)
+        """Print a line, unless it is the last one again or there is nothing to tell yet."""
+        line = ", ".join([*job_parts(estimate), *failure_parts(progress.failed_by_status)])
+        if progress.since_first_lease_s and line != self._printed:
+            self._printed = line
+            print_line(line, self._stream)
+            wait_s = max(_PLAIN_S, _PLAIN_SHARE * (time.monotonic() - self._begun_s))
+            self._pause_s = min(_MAX_PLAIN_S, wait_s)
 
 
 @final
@@ -129,26 +131,15 @@ class NotebookDisplay(Display):
     rich needs ipywidgets for this, which many notebook servers do not have. `<progress>` is HTML.
     """
 
+    _pause_s = 1.0
+
     def __init__(self, total: int, resumed: int) -> None:
         super().__init__(total, resumed)
         display = importlib.import_module("IPython.display").display
         self._handle: Any = display({"text/plain": "starting"}, raw=True, display_id=True)
-        self._next_s = 0.0
-        self._latest: tuple[Progress, Estimate] | None = None
 
     def show(self, progress: Progress, estimate: Estimate) -> None:
-        """Replace bar and text if they are a second old."""
-        self._latest = progress, estimate
-        if time.monotonic() >= self._next_s:
-            self._next_s = time.monotonic() + 1.0
-            self._update(progress, estimate)
-
-    def close(self) -> None:
-        """Show the end state."""
-        if self._latest:
-            self._update(*self._latest)
-
-    def _update(self, progress: Progress, estimate: Estimate) -> None:
+        """Replace bar and text."""
         lines = format_lines(progress, estimate, _NOTEBOOK_COLUMNS, _MAX_DEVICE_LINES)
         text = "\n".join(lines)
         bar = (

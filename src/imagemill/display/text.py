@@ -57,7 +57,6 @@ def fit(text: str, width: int) -> str:
             subsequent_indent=indent,
             break_long_words=False,
             break_on_hyphens=False,
-            drop_whitespace=True,
         ) or [""]
     return "\n".join(lines).replace("\0", " ")
 
@@ -107,11 +106,6 @@ def failure_parts(failed: Mapping[str, int]) -> list[str]:
         return []
     first, *rest = format_statuses(failed).split(", ")
     return [f"{sum(failed.values()):,} failed: {first}", *rest]
-
-
-def format_line(progress: Progress, estimate: Estimate) -> str:
-    """Return job and failures in one line, for log files."""
-    return ", ".join([*job_parts(estimate), *failure_parts(progress.failed_by_status)])
 
 
 def format_lines(
