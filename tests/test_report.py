@@ -33,7 +33,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.models import variants
 from imagemill.pipeline.decoding.decode import decode
 from imagemill.records import Clock, DeviceSummary, Limits, Recipe, Settings, Throughput
-from imagemill.report import accuracy, charts, figures, page, thumbnails
+from imagemill.report import charts, figures, page, thumbnails
 from imagemill.runner import run
 from imagemill.workers.tally import BUCKETS, Commit, throughput
 from s3 import Bucket
@@ -349,7 +349,7 @@ def test_many_classes_are_in_a_fold_and_the_least_certain_are_named(
     assert [item.class_id for item in found.uncertain_classes] == [11, 10, 9, 8, 7]
     shown = [*found.most_certain, *found.least_certain, *found.sample]
     nothing = {image.index: thumbnails.Thumbnail(reason="not made") for image in shown}
-    text = page.render(job, None, found, accuracy.Accuracy(None), nothing).decode()
+    text = page.render(job, None, found, figures.Accuracy(None), nothing).decode()
     table, _, fold = text.partition('<ol class="all">')
     assert "All 12 classes seen, with their images" in table
     assert table.count('class="quiet id"') == 10
@@ -603,7 +603,7 @@ def test_only_what_leads_alone_is_called_most_frequent(
             job,
             None,
             replace(found, images=9, failed_by_status=failed, examples=dict.fromkeys(failed, ())),
-            accuracy.Accuracy(None),
+            figures.Accuracy(None),
             {image.index: thumbnails.Thumbnail(reason="not made") for image in found.sample},
         ).decode()
         assert ("most often <bdi>d</bdi>" in text) == leads

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,8 @@ MAX_FOLDERS = 10_000
 _TEXT_OR_WHOLE = re.compile("(large_)?string|u?int")
 """Arrow's names of such types."""
 _FETCHING = 16
-_ANY_SIZE = 2**62
 """Images outside of folders, in archives or behind URLs, that are read at a time."""
+_ANY_SIZE = 2**62
 _NAMED = 5
 
 
@@ -350,22 +350,19 @@ def _remove_stale(into: Path, images: Iterable[_Image]) -> int:
 
 
 def _write_manifest(into: Path, images: Iterable[_Image]) -> None:
-    def lines() -> Iterator[bytes]:
-        text = io.StringIO(newline="")
-        plain = csv.writer(text, lineterminator="\n")
-        quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        plain.writerow(_COLUMNS)
+    to_text: Any = SimpleNamespace(write=str)  # `writerow` returns what `write` returns
+    plain = csv.writer(to_text, lineterminator="\n")
+    quoted = csv.writer(to_text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+    def lines() -> Iterator[str]:
+        yield plain.writerow(_COLUMNS)
         for image in images:
             cells = [image.file, *(image.row[name] for name in _COLUMNS[1:])]
             has_return = any("\r" in cell for cell in cells if isinstance(cell, str))
-            (quoted if has_return else plain).writerow(cells)
-            if text.tell() > 1 << 16:
-                yield text.getvalue().encode("utf-8", "backslashreplace")
-                text.seek(0)
-                text.truncate()
-        yield text.getvalue().encode("utf-8", "backslashreplace")
+            yield (quoted if has_return else plain).writerow(cells)
 
-    files.write_whole(into / MANIFEST, lines())
+    encoded = (line.encode("utf-8", "backslashreplace") for line in lines())
+    files.write_whole(into / MANIFEST, encoded)
 
 
 def _make(

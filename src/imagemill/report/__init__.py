@@ -1,7 +1,6 @@
 """`report.html`, a self-contained page about a job (docs/report.md).
 
-figures.py      figures from the parts, in one pass
-accuracy.py     what the page shows of `score.json`
+figures.py      figures from the parts, in one pass, and what the page shows of `score.json`
 thumbnails.py   small WebP files of images, fetched and decoded again
 charts.py       scales and lines for the template to draw
 page.py         the HTML, from page.html.j2, page.css and page.js
@@ -26,28 +25,21 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def write(job: OpenJob, output: str | None = None) -> int:
+def write(job: OpenJob, output: str | None = None) -> None:
     """Write `report.html` from the finished parts. The page says whether the job is finished.
 
     Args:
         job: finished or not.
         output: another file to write the page to.
 
-    Returns:
-        the size of the page in bytes.
-
     Raises:
         PartError: a part is damaged. OutputError: the plan is, or the page cannot be written.
     """
-    from imagemill.report import (
-        accuracy,
-        figures,
-        page,
-        thumbnails,
-    )  # Jinja and Pillow are of no use to other commands
+    # Jinja and Pillow are of no use to other commands.
+    from imagemill.report import figures, page, thumbnails
 
     found = figures.gather(job)
-    scored = accuracy.gather(job)
+    scored = figures.gather_accuracy(job)
     truncated = found.examples.get(Status.TRUNCATED, ())
     shown = [
         *(*found.most_certain, *found.least_certain, *found.sample),
@@ -61,7 +53,6 @@ def write(job: OpenJob, output: str | None = None) -> int:
         files.write_whole(Path(output), html)
     else:
         job.store.write(job.paths.report, html)
-    return len(html)
 
 
 def attempt(job: OpenJob, notify: Callable[[str], None]) -> None:

@@ -45,7 +45,6 @@ class RateChart(Struct, frozen=True):
 class Share(Struct, frozen=True):
     """A piece of a bar."""
 
-    name: str
     style: str
     start: float
     """Percent of the bar."""
@@ -133,8 +132,8 @@ def shares(device: DeviceSummary, seconds: float) -> tuple[Share, ...]:
     whole = max(seconds, sum(spent.values()), 1e-9)
     spent["other"] = max(0.0, whole - sum(spent.values()))
     found, start = [], 0.0
-    for name, (label, style) in PIECES.items():
+    for name, (_, style) in PIECES.items():
         width = 100 * spent[name] / whole
-        found.append(Share(label, style, round(start, 3), round(width, 3)))
+        found.append(Share(style, round(start, 3), round(width, 3)))
         start += width
     return tuple(found)

@@ -1,4 +1,6 @@
-"""The figures of a report, from one pass over the parts. Memory does not depend on their number."""
+"""The figures of a report, from one pass over the parts, and what it shows of a score. Memory does
+not depend on the number of parts.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ from numpy.typing import NDArray
 from imagemill.errors import printable
 from imagemill.job.open_job import OpenJob
 from imagemill.records import Status
+from imagemill.scoring import score
+from imagemill.scoring.record import ClassScore, Confusion, Score
 
 BINS = 20
 """Number of bins in the histogram of probabilities."""
@@ -33,19 +37,8 @@ SAMPLE_IMAGES = 48
 EXAMPLES = 8
 """Failed images that are listed for each status."""
 _COUNT_COLUMNS = ("status", "class_id", "probability")
-_ROW_COLUMNS = (
-    "index",
-    "source",
-    "path",
-    "status",
-    "error",
-    "class_id",
-    "label",
-    "probability",
-    "top_k",
-    "width",
-    "height",
-)
+CONFUSIONS = 8
+"""Confusions that the page shows with their images, the most frequent ones."""
 
 
 class ClassCount(Struct, frozen=True):
@@ -87,7 +80,7 @@ class Figures(Struct, frozen=True):
     classes: tuple[ClassCount, ...]
     """The most frequent ones, at most `LISTED_CLASSES`."""
     uncertain_classes: tuple[ClassCount, ...]
-    """Those with the lowest mean probability, of those with at least `uncertain_from` images."""
+    """Those with the lowest mean probability, of those with at least `UNCERTAIN_FROM` images."""
     classes_seen: int
     unclassified: int
     """Images without a class: none of their classes was probable enough, or the model has none."""
@@ -105,9 +98,24 @@ class Figures(Struct, frozen=True):
     sample: tuple[ImageRow, ...]
     """Other images, chosen at random, in plan order."""
     backend: str = ""
-    uncertain_from: int = UNCERTAIN_FROM
     versions: Mapping[str, str] = {}
     """Versions of the libraries that decided the results."""
+
+
+class Accuracy(Struct, frozen=True):
+    """The score of a job, and images for it."""
+
+    score: Score | None
+    """None: the job has none."""
+    confusions: tuple[tuple[Confusion, tuple[ImageRow, ...]], ...] = ()
+    """The most frequent ones, each with a few images."""
+    classes: tuple[ClassScore, ...] = ()
+    """Those with most errors, most first."""
+
+    @property
+    def examples(self) -> tuple[ImageRow, ...]:
+        """All images of the confusions."""
+        return tuple(image for _, images in self.confusions for image in images)
 
 
 class _Smallest:
@@ -235,6 +243,30 @@ def gather(job: OpenJob) -> Figures:
     )
 
 
+def gather_accuracy(job: OpenJob) -> Accuracy:
+    """Return what `score.json` says of a job. Raises: PartError if a part is damaged."""
+    found = score.read(job)
+    if found is None:
+        return Accuracy(None)
+    top = found.confusions[:CONFUSIONS]
+    done = job.committed()
+    ends = {shard.first: shard.first + shard.count for shard in job.shards if shard.number in done}
+    wanted = {index for confusion in top for index in confusion.examples}
+    rows = read_rows(
+        job, {index for index in wanted if any(a <= index < b for a, b in ends.items())}
+    )
+    wrong = [item for item in found.classes if item.correct < item.support]
+    wrong.sort(key=lambda item: (item.correct - item.support, item.class_id))
+    return Accuracy(
+        found,
+        tuple(
+            (confusion, tuple(rows[index] for index in confusion.examples if index in rows))
+            for confusion in top
+        ),
+        tuple(wrong[:CLASSES]),
+    )
+
+
 def read_rows(job: OpenJob, indices: Iterable[int]) -> dict[int, ImageRow]:
     """Return the rows of some images, by index. Their shards must be committed."""
     shards = job.shards
@@ -244,7 +276,7 @@ def read_rows(job: OpenJob, indices: Iterable[int]) -> dict[int, ImageRow]:
         by_shard.setdefault(bisect_right(firsts, index) - 1, []).append(index)
     found = {}
     kept = [kept.name for kept in job.frozen.job.keep]
-    columns = (*_ROW_COLUMNS, *kept)
+    columns = [name for name in ImageRow.__struct_fields__ if name not in ("shard", "kept")] + kept
     tables = job.tables([shards[position] for position in by_shard], columns)
     for wanted, (shard, table) in zip(by_shard.values(), tables, strict=True):
         for row in table.take([index - shard.first for index in wanted]).to_pylist():

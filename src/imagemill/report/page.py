@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +28,7 @@ from imagemill.job.open_job import OpenJob
 from imagemill.models import bundle, variants
 from imagemill.records import Recipe, Summary
 from imagemill.report import charts, thumbnails
-from imagemill.report.accuracy import Accuracy
-from imagemill.report.figures import BINS, CLASSES, Figures
+from imagemill.report.figures import BINS, CLASSES, UNCERTAIN_FROM, Accuracy, Figures
 from imagemill.version import __version__
 
 _HERE = Path(__file__).parent
@@ -115,6 +115,7 @@ def render(
         gallery_classes=gallery_classes,
         picks={class_id for class_id, _, _ in gallery_classes},
         table_classes=CLASSES,
+        uncertain_from=UNCERTAIN_FROM,
         thumbnails=thumbnails_made,
         images={
             index: _data_uri(made.webp) for index, made in thumbnails_made.items() if made.webp
@@ -159,7 +160,6 @@ def _template() -> jinja2.Template:
         "moment": _moment,
         "percent": _percent,
         "rate": _rate,
-        "seconds": _seconds,
         "ticks": _ticks,
         "times": _times,
     }
@@ -208,15 +208,6 @@ def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}"
 
 
-def _seconds(value: float) -> str:
-    if value < 10:
-        return f"{value:.1f} s"
-    if value < 120:
-        return f"{value:.0f} s"
-    minutes = round(value / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def _times(values: Iterable[float]) -> list[str]:
     """Return seconds for people, all in one unit and with as many decimals."""
     seconds = list(values)
@@ -256,13 +247,10 @@ def _data_uri(webp: bytes) -> str:
 
 def _classes(figures: Figures) -> list[tuple[int, str, int]]:
     """Return the classes in the gallery, sorted by label: id, label, number of images."""
-    found: dict[int, tuple[str, int]] = {}
-    for image in (*figures.most_certain, *figures.least_certain, *figures.sample):
-        if image.class_id is None:
-            continue
-        found[image.class_id] = (str(image.label), found.get(image.class_id, ("", 0))[1] + 1)
+    shown = (*figures.most_certain, *figures.least_certain, *figures.sample)
+    found = Counter((one.class_id, str(one.label)) for one in shown if one.class_id is not None)
     return sorted(
-        ((class_id, *rest) for class_id, rest in found.items()),
+        ((*named, images) for named, images in found.items()),
         key=lambda item: (item[1].casefold(), item[0]),
     )
 
@@ -319,7 +307,7 @@ def _resize(recipe: Recipe) -> str:
 
 def _provenance(
     opened: OpenJob, summary: Summary | None, figures: Figures
-) -> list[tuple[str, list[tuple[str, Any]]]]:
+) -> dict[str, dict[str, Any]]:
     """Return headings with their names and values; a value is one text or several."""
     frozen = opened.frozen
     job, card, recipe = frozen.job, frozen.job.session.card, frozen.job.session.card.recipe
@@ -343,107 +331,66 @@ def _provenance(
         filters.append("--all-files")
     if frozen.limit:
         filters.append(f"--limit {frozen.limit}")
-    machine = summary.machine if summary else {}
-    return [
-        (
-            "Job",
-            [
-                ("output", opened.paths.output),
-                ("started", _moment(frozen.created)),
-                *([("appended", list(_additions(opened)))] if opened.appended else ()),
-                ("sources", named),
-                ("filters", filters or ["none"]),
-                (
-                    "skipped",
-                    [f"{count:,} {why}" for why, count in skipped.items() if count] or ["nothing"],
-                ),
-                (
-                    "page made",
-                    f"{_moment(datetime.now(UTC).isoformat())} by imagemill {__version__}",
-                ),
+    least = job.min_probability
+    return {
+        "Job": {
+            "output": opened.paths.output,
+            "started": _moment(frozen.created),
+            **({"appended": list(_additions(opened))} if opened.appended else {}),
+            "sources": named,
+            "filters": filters or ["none"],
+            "skipped": [f"{n:,} {why}" for why, n in skipped.items() if n] or ["nothing"],
+            "page made": f"{_moment(datetime.now(UTC).isoformat())} by imagemill {__version__}",
+        },
+        "Model": {
+            "name": card.name,
+            "architecture": card.architecture,
+            "sha256": card.sha256,
+            "licence": card.licence,
+            "origin": [
+                f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
+                for name, value in card.origin.items()
             ],
-        ),
-        (
-            "Model",
-            [
-                ("name", card.name),
-                ("architecture", card.architecture),
-                ("sha256", card.sha256),
-                ("licence", card.licence),
-                (
-                    "origin",
-                    [
-                        f"{name}: {value if isinstance(value, str) else json.dumps(value)}"
-                        for name, value in card.origin.items()
-                    ],
-                ),
-                ("parameters", f"{card.parameters:,}" if card.parameters else "not known"),
-                ("published top-1", f"{card.top1:g} %" if card.top1 is not None else "not known"),
-                ("classes", f"{len(card.labels):,}"),
-                ("input", f"{recipe.width} × {recipe.height} pixels, RGB"),
-                ("resize", _resize(recipe)),
-                ("border", recipe.fill),
-                ("interpolation", recipe.interpolation.value),
-                ("EXIF orientation applied", "yes" if recipe.exif else "no"),
-                ("background of transparent images", recipe.background or "none: alpha is dropped"),
-                ("scores", card.scores.value),
+            "parameters": f"{card.parameters:,}" if card.parameters else "not known",
+            "published top-1": f"{card.top1:g} %" if card.top1 is not None else "not known",
+            "classes": f"{len(card.labels):,}",
+            "input": f"{recipe.width} × {recipe.height} pixels, RGB",
+            "resize": _resize(recipe),
+            "border": recipe.fill,
+            "interpolation": recipe.interpolation.value,
+            "EXIF orientation applied": "yes" if recipe.exif else "no",
+            "background of transparent images": recipe.background or "none: alpha is dropped",
+            "scores": card.scores.value,
+        },
+        "Settings": {
+            "precision": job.session.precision.value,
+            "variant": job.variant,
+            "variant sha256": frozen.variant_sha256 or "that of the model",
+            "devices": frozen.devices,
+            "batch size": str(job.session.batch_size),
+            "batches per step": str(job.session.batches_per_step or "auto"),
+            "decoding threads": str(job.num_workers or "auto"),
+            "shard size": f"{frozen.shard_size:,}",
+            "top-k": str(job.top_k) if card.has_head else "the model has no classes",
+            "minimum probability": "none"
+            if least is None
+            else f"{least:g}"
+            if isinstance(least, float)
+            else f"{counted(len(least), 'threshold')}, {min(least):g} to {max(least):g}",
+            "also saved": ", ".join(job.session.save) or "nothing",
+            "columns kept": ", ".join(map(str, job.keep)) or "none",
+            "limits of an image": [
+                f"{job.limits.max_pixels:,} pixels",
+                f"{job.limits.max_bytes:,} bytes",
+                f"{job.limits.max_seconds:g} s",
             ],
-        ),
-        (
-            "Settings",
-            [
-                ("precision", job.session.precision.value),
-                ("variant", job.variant),
-                ("variant sha256", frozen.variant_sha256 or "that of the model"),
-                ("devices", frozen.devices),
-                ("batch size", str(job.session.batch_size)),
-                ("batches per step", str(job.session.batches_per_step or "auto")),
-                ("decoding threads", str(job.num_workers or "auto")),
-                ("shard size", f"{frozen.shard_size:,}"),
-                ("top-k", str(job.top_k) if card.has_head else "the model has no classes"),
-                (
-                    "minimum probability",
-                    "none"
-                    if job.min_probability is None
-                    else f"{job.min_probability:g}"
-                    if isinstance(job.min_probability, float)
-                    else f"{counted(len(job.min_probability), 'threshold')},"
-                    f" {min(job.min_probability):g} to {max(job.min_probability):g}",
-                ),
-                ("also saved", ", ".join(job.session.save) or "nothing"),
-                ("columns kept", ", ".join(map(str, job.keep)) or "none"),
-                (
-                    "limits of an image",
-                    [
-                        f"{job.limits.max_pixels:,} pixels",
-                        f"{job.limits.max_bytes:,} bytes",
-                        f"{job.limits.max_seconds:g} s",
-                    ],
-                ),
+        },
+        "Software and machine": {
+            "backend": figures.backend or frozen.backend,
+            "versions": [
+                f"{name} {version}"
+                for name, version in {**frozen.versions, **figures.versions}.items()
             ],
-        ),
-        (
-            "Software and machine",
-            [
-                ("backend", figures.backend or frozen.backend),
-                (
-                    "versions",
-                    [
-                        f"{name} {version}"
-                        for name, version in {**frozen.versions, **figures.versions}.items()
-                    ],
-                ),
-                *machine.items(),
-            ]
-            + (
-                []
-                if machine
-                else [
-                    (
-                        "machine",
-                        "not known: the job is not finished",
-                    )
-                ]
-            ),
-        ),
-    ]
+            **(summary.machine if summary else {"machine": "not known: the job is not finished"}),
+        },
+    }
