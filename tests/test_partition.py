@@ -299,7 +299,7 @@ def test_what_is_no_regular_file_still_gets_its_row(tmp_path: Path) -> None:
     ]
     assert (tmp_path / "out" / "0" / "gone.jpg").readlink() == source / "gone.jpg"
     assert (tmp_path / "out" / "0" / "pipe.jpg").readlink() == source / "pipe.jpg"
-    assert made.folders == 1
+    assert made.images == 4
 
 
 def test_links_are_followed_to_the_image(tmp_path: Path) -> None:

@@ -45,8 +45,6 @@ class Partitioned(Struct, frozen=True):
     """Kind of links; `symbolic` also if hard links were impossible."""
     skipped_by_suffix: Mapping[str, int]
     skipped_hidden: int
-    folders: int
-    """Folders with names like images: they are searched, but are not images themselves."""
 
 
 def partition(
@@ -76,16 +74,13 @@ def partition(
     """
     if not 1 <= partitions <= MAX_PARTITIONS:
         raise UsageError(f"--partitions {partitions}: must be from 1 to {MAX_PARTITIONS}.")
-    for flag, value in (("--data-dir", data_dir), ("--output", output)):
-        if not os.fspath(value).strip():
-            raise UsageError(f"{flag} is empty. Give a folder.")
     source, target = Path(data_dir).absolute(), Path(output).absolute()
     if source.is_file():
         raise UsageError(f"--data-dir {data_dir} is a file. Give a folder.")
     if source.exists() and target.exists() and source.samefile(target):
         raise UsageError(f"--output {output} is the data folder itself. Give another folder.")
     _check_output(target, source, partitions)
-    images, skipped, folders = _images(source, target)
+    images, skipped = _images(source, target)
     if not images:
         raise SourceError(f"--data-dir {data_dir} holds no images. Give a folder that does.")
     for note in skipped.notes():
@@ -111,24 +106,23 @@ def partition(
     by_suffix = dict(sorted(skipped.by_suffix.items()))
     counts = tuple(map(len, shares))
     return Partitioned(
-        str(target), len(images), counts, maker.made, maker.link, by_suffix, skipped.hidden, folders
+        str(target), len(images), counts, maker.made, maker.link, by_suffix, skipped.hidden
     )
 
 
-def _images(source: Path, target: Path) -> tuple[list[bytes], Skipped, int]:
-    """Return the paths of the images in listing order, what was skipped, and how many folders have
-    names like images.
+def _images(source: Path, target: Path) -> tuple[list[bytes], Skipped]:
+    """Return the paths of the images in listing order, and what was skipped. Folders with names
+    like images are searched, but are not images themselves.
     """
     skipped = Skipped()
     skip = target.stat() if target.is_dir() else None
     root = os.fsencode(source)
-    images, folders = [], 0
-    for entry in FolderSource(0, root, skip).entries(Filters(), skipped):
-        if entry.size < 0 and os.path.isdir(os.path.join(root, entry.path)):  # noqa: PTH112, PTH118 - bytes
-            folders += 1
-        else:
-            images.append(entry.path)
-    return images, skipped, folders
+    images = [
+        entry.path
+        for entry in FolderSource(0, root, skip).entries(Filters(), skipped)
+        if entry.size >= 0 or not os.path.isdir(os.path.join(root, entry.path))  # noqa: PTH112, PTH118 - bytes
+    ]
+    return images, skipped
 
 
 def _check_output(target: Path, source: Path, partitions: int) -> None:

@@ -120,10 +120,7 @@ class Table(Struct, frozen=True):
         """Return values as strings: whole numbers without a decimal point, numbers with names by
         their names, and lists as lists of strings.
         """
-        if isinstance(array.type, pa.BaseExtensionType):
-            array = array.storage
-        if pa.types.is_dictionary(array.type):
-            array = array.dictionary_decode()
+        array = arrow_types.plain_array(array)
         kind = array.type
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             texts = self._texts(array.flatten(), start, names, any_bytes=any_bytes)
