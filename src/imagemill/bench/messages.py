@@ -26,7 +26,6 @@ class Begin(Struct, frozen=True):
 class Ready(Struct, frozen=True):
     """The session is compiled."""
 
-    backend: str
     versions: Mapping[str, str] = {}
     traffic: MemoryTraffic | None = None
     """What the device's memory allows; None if that is not known."""
@@ -52,10 +51,6 @@ class Measured(Struct, frozen=True):
     begun_s: float
     """Monotonic clock, which all processes of a machine share."""
     ended_s: float
-    read_s: float = 0.0
-    """Summed over decoding threads: fetching bytes."""
-    decode_s: float = 0.0
-    """Summed over decoding threads: CPU time of decoding."""
     transfer_s: float = 0.0
     """Copies between host and device; 0 if the device does not tell."""
 

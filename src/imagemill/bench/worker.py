@@ -45,7 +45,7 @@ def _work(connection: Connection) -> None:
     traffic = session.memory_traffic() if isinstance(session, QueuedSession) else None
     batches = _synthetic(begin.spec)
     gc.freeze()
-    connection.send(Ready(session.backend, session.versions, traffic))
+    connection.send(Ready(session.versions, traffic))
     while not isinstance(order := connection.recv(), Stop):
         match order:
             case Compute(count):
@@ -84,12 +84,10 @@ def _decode(order: Decode, device: DeviceSpec) -> Measured:
     from imagemill.pipeline.feed import Feed
     from imagemill.pipeline.stopwatch import Stopwatch
 
-    job, clock = order.job, Stopwatch()
+    job = order.job
     threads = job.num_workers or len(device.cores)
     spec = job.session
-    with Feed(spec.card.recipe, job.limits, spec.batch_size, threads, None, clock) as feed:
+    with Feed(spec.card.recipe, job.limits, spec.batch_size, threads, None, Stopwatch()) as feed:
         begun = time.monotonic()
         images = sum(len(batch.rows) for batch in feed.batches(read.read(order.leases, job)))
-        ended = time.monotonic()
-    spent = clock.read()
-    return Measured(images, begun, ended, spent.read, spent.decode)
+        return Measured(images, begun, time.monotonic())

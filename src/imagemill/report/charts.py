@@ -36,10 +36,8 @@ class RateChart(Struct, frozen=True):
     """Labels of the vertical axis, from the top to 0."""
     times: tuple[float, ...]
     """Labels of the horizontal axis, seconds."""
-    names: tuple[str, ...]
-    """Columns of the table below the chart."""
     rows: tuple[tuple[float, float, tuple[float, ...]], ...]
-    """From and to, in seconds, and images/s of each column."""
+    """Of the table below the chart: from and to, in seconds, and images/s of each line."""
 
 
 class Share(Struct, frozen=True):
@@ -79,12 +77,8 @@ def rates(throughput: Throughput, seconds: float) -> RateChart | None:
         ]
         for name, counts in zip(throughput.devices, throughput.images, strict=True)
     }
-    series: dict[str, list[float]] = dict(devices)
-    if len(devices) > 1:
-        series = {
-            "all devices": [sum(values) for values in zip(*devices.values(), strict=True)],
-            **devices,
-        }
+    together = {"all devices": [sum(values) for values in zip(*devices.values(), strict=True)]}
+    series = (together if len(devices) > 1 else {}) | devices
     top = ceiling(max(max(values) for values in series.values()))
 
     def path(values: Sequence[float]) -> str:
@@ -108,7 +102,6 @@ def rates(throughput: Throughput, seconds: float) -> RateChart | None:
         ),
         ticks=tuple(top * (_TICKS - number) / _TICKS for number in range(_TICKS + 1)),
         times=tuple(ends[-1] * number / _TICKS for number in range(_TICKS + 1)),
-        names=tuple(series),
         rows=tuple(
             (starts[n], ends[n], tuple(values[n] for values in series.values()))
             for n in range(buckets)
