@@ -94,11 +94,14 @@ def _add_status(command: Command) -> None:
 
 def _status(parsed: argparse.Namespace) -> int:
     from imagemill.display import results
-    from imagemill.runner import resume
 
-    job = open_job(parsed.dir)
+    job, command = open_job(parsed.dir), ""
     found = job.status()
-    print_result(parsed, found, results.format_status(found, resume.command_of(job)))
+    if not (parsed.json or found.complete or found.running):
+        from imagemill.runner import resume  # takes 0.3 s to import
+
+        command = resume.command_of(job)
+    print_result(parsed, found, results.format_status(found, command))
     return 0
 
 
