@@ -216,7 +216,13 @@ def _with_sources(
 ) -> BenchReport:
     notify("a short first run, to warm up and to find the length of an iteration")
     few = min(settings.limit or _MIN_IMAGES, _MIN_IMAGES)
-    first = _first_run(_run_settings(settings, chosen, folder / "first", few), notify)
+    trial = _run_settings(settings, chosen, folder / "first", few)
+    first = runner.run(trial, observer.Watcher(notify))
+    if not first.ok:
+        raise SourceError(
+            f"none of the first {counted(first.images, 'image')} of"
+            f" {', '.join(settings.sources)} can be read. Give other images."
+        )
     limit = settings.limit or max(
         _MIN_IMAGES, math.ceil(END_TO_END_S * (first.images_per_second or 0.0))
     )
@@ -259,16 +265,6 @@ def _with_sources(
         advice=middle.advice,
         device=device_figures(pool.traffic, chosen, achieved, cores=needed),
     )
-
-
-def _first_run(settings: Settings, notify: Notify) -> Summary:
-    first = runner.run(settings, observer.Watcher(notify))
-    if not first.ok:
-        raise SourceError(
-            f"none of the first {counted(first.images, 'image')} of"
-            f" {', '.join(settings.sources)} can be read. Give other images."
-        )
-    return first
 
 
 def _run_settings(

@@ -154,7 +154,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "count": _count,
+        "count": "{:,}".format,
         "counted": counted,
         "halves": _halves,
         "moment": _moment,
@@ -164,10 +164,6 @@ def _template() -> jinja2.Template:
         "times": _times,
     }
     return environment.get_template("page.html.j2")
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
 
 
 def _halves(name: str) -> tuple[Markup, Markup]:
