@@ -52,7 +52,8 @@ def report(results: Mapping[str, Any]) -> str:
     bench = figures.get("S10", {}).get("bench") or {}
     if bench.get("busy") is not None:
         bound = figures["S10"]["bound"]
-        text = f"From files, the GPU computed {bench['busy']:.0%} of the time; bound by {bound}."
+        why = f"bound by {bound}" if bound else figures["S10"]["advice"]
+        text = f"From files, the GPU computed {bench['busy']:.0%} of the time; {why}."
         if bench.get("cores_needed"):
             text += f" It would need {bench['cores_needed']} such cores."
         blocks.append(text)
