@@ -191,19 +191,12 @@ def calibration(figures: Figures) -> Calibration:
     images = np.maximum(figures.bin_images, 1)
     probability, accuracy = figures.bin_probability / images, figures.bin_correct / images
     weights = figures.bin_images / max(figures.bin_images.sum(), 1)
-    return Calibration(
-        float(np.sum(weights * np.abs(accuracy - probability))),
-        tuple(
-            Bin(
-                number / BINS,
-                (number + 1) / BINS,
-                int(figures.bin_images[number]),
-                float(probability[number]),
-                float(accuracy[number]),
-            )
-            for number in range(BINS)
-        ),
+    columns = (figures.bin_images, probability, accuracy)
+    bins = tuple(
+        Bin(number / BINS, (number + 1) / BINS, *(column[number].item() for column in columns))
+        for number in range(BINS)
     )
+    return Calibration(float(np.sum(weights * np.abs(accuracy - probability))), bins)
 
 
 def by_class(
@@ -219,20 +212,11 @@ def by_class(
     correct = np.bincount(true[is_right], counts[is_right], classes)
     precision, recall = _divide(correct, chosen), _divide(correct, support)
     f1 = _divide(2 * correct, chosen + support)
-    listed = np.flatnonzero(support + chosen + figures.failed_by_class).tolist()
+    whole = [values.astype(np.int64) for values in (support, chosen, correct)]
+    columns = [*whole, precision, recall, f1, figures.failed_by_class]
     scores = tuple(
-        ClassScore(
-            number,
-            labels[number],
-            int(support[number]),
-            int(chosen[number]),
-            int(correct[number]),
-            float(precision[number]),
-            float(recall[number]),
-            float(f1[number]),
-            int(figures.failed_by_class[number]),
-        )
-        for number in listed
+        ClassScore(number, labels[number], *(column[number].item() for column in columns))
+        for number in np.flatnonzero(support + chosen + figures.failed_by_class).tolist()
     )
     counted = (support + chosen) > 0
     triple = [values[counted] for values in (precision, recall, f1)]
