@@ -249,12 +249,9 @@ def gather_accuracy(job: OpenJob) -> Accuracy:
     if found is None:
         return Accuracy(None)
     top = found.confusions[:CONFUSIONS]
-    done = job.committed()
-    ends = {shard.first: shard.first + shard.count for shard in job.shards if shard.number in done}
     wanted = {index for confusion in top for index in confusion.examples}
-    rows = read_rows(
-        job, {index for index in wanted if any(a <= index < b for a, b in ends.items())}
-    )
+    spans = [range(shard.first, shard.first + shard.count) for shard in job.committed_shards()]
+    rows = read_rows(job, {index for index in wanted if any(index in span for span in spans)})
     wrong = [item for item in found.classes if item.correct < item.support]
     wrong.sort(key=lambda item: (item.correct - item.support, item.class_id))
     return Accuracy(
