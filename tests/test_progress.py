@@ -637,9 +637,9 @@ def test_the_logger_is_as_it_was_after_runs_that_overlapped(tmp_path: Path) -> N
     first, second = (observer.logging_to(tmp_path / name) for name in "ab")
     first.__enter__()
     second.__enter__()
-    first.__exit__()
+    first.__exit__(None, None, None)
     logger.info("for the second")
-    second.__exit__()
+    second.__exit__(None, None, None)
     assert (logger.level, logger.propagate, list(logger.handlers)) == before
     assert "for the second" in (tmp_path / "b").read_text()
     assert not (tmp_path / "a").exists()

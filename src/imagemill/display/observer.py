@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from imagemill.display import terminal, text
@@ -82,38 +82,30 @@ class _LogFile(logging.FileHandler):
             super().close()
 
 
-class logging_to:  # noqa: N801 - named for its use: `with logging_to(path)`
-    """A context in which this package logs to a file, and nowhere else.
+_lock = threading.Lock()
+_before: list[tuple[int, bool]] = []
+"""Level and propagation of the logger as each open context found them."""
+
+
+@contextlib.contextmanager
+def logging_to(path: Path) -> Iterator[None]:
+    """Let this package log to a file, and nowhere else.
 
     Contexts may overlap; when the last one ends, the logger is as it was before the first.
     """
-
-    _lock = threading.Lock()
-    _open = 0
-    _before = (logging.NOTSET, True)
-
-    def __init__(self, path: Path) -> None:
-        self._handler = _LogFile(path, delay=True)
-        self._handler.setFormatter(
-            logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-        )
-
-    def __enter__(self) -> None:
-        logger = logging.getLogger("imagemill")
-        with logging_to._lock:
-            if not logging_to._open:
-                logging_to._before = (logger.level, logger.propagate)
-            logging_to._open += 1
-            logger.addHandler(self._handler)
-            logger.setLevel(logging.INFO)
-            logger.propagate = False
-
-    def __exit__(self, *_: object) -> None:
-        logger = logging.getLogger("imagemill")
-        with logging_to._lock:
-            logging_to._open -= 1
-            logger.removeHandler(self._handler)
-            if not logging_to._open:
-                level, logger.propagate = logging_to._before
-                logger.setLevel(level)
-        self._handler.close()
+    logger, handler = logging.getLogger("imagemill"), _LogFile(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    with _lock:
+        _before.append((logger.level, logger.propagate))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        with _lock:
+            logger.removeHandler(handler)
+            # All but the first context found what contexts set, so their order does not matter.
+            level, logger.propagate = _before.pop()
+            logger.setLevel(level)
+        handler.close()
