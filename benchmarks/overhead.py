@@ -80,7 +80,8 @@ def sink_alone(output: Path, folder: Path) -> float:
     """CPU seconds of writing the rows of a finished job once more, elsewhere."""
     frozen = OpenJob.open(output).frozen
     job, clock = frozen.job, Stopwatch()
-    session = open_session(job.session, devices.resolve("null")[0], clock)
+    device = devices.resolve("null")[0]
+    session = open_session(job.session, device, clock)
     leases = map(Lease, plan.shards(JobPaths(output).plan))
     spec, threads = job.session, len(cpu.usable_cores())
     with Feed(spec.card.recipe, job.limits, spec.batch_size, threads, None, clock) as feed:
@@ -89,7 +90,7 @@ def sink_alone(output: Path, folder: Path) -> float:
             for batch, outputs in session.stream(feed.batches(read.read(leases, job)))
         ]
     files.make_folder(JobPaths(folder).predictions)
-    sink = Sink(replace(job, output=str(folder)), session.backend, session.versions)
+    sink = Sink(replace(job, output=str(folder)), device.engine, session.versions)
     begun = time.process_time()
     for batch, top in rows:
         for part in sink.write(batch, top):

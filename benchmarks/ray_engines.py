@@ -152,7 +152,7 @@ class Shards:
         processes.pin_to_cores(device.cores)
         self._job, self._clock = job, Stopwatch()
         self._session = open_session(job.session, device, self._clock)
-        self._sink = Sink(job, self._session.backend, self._session.versions)
+        self._sink = Sink(job, device.engine, self._session.versions)
         self._feed = Feed(
             job.session.card.recipe,
             job.limits,

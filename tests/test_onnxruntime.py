@@ -217,18 +217,26 @@ def test_a_batch_that_cannot_be_computed_is_one_clear_error(tiny: Bundle) -> Non
         make(tiny, card=replace(tiny.card, recipe=replace(tiny.card.recipe, height=SIZE + 8)))
 
 
-def test_cuda_is_set_to_be_exact_and_repeatable(tiny: Bundle) -> None:
+def test_cuda_is_set_to_be_exact_and_repeatable(
+    tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own defaults compute fp32 in TF32 and choose algorithms by a stopwatch at each start."""
     device = DeviceSpec("cuda#3", "cuda", "onnxruntime", (0,), 3)
-    assert PROVIDERS["cuda"].options(make_spec(tiny), device) == {
-        "device_id": 3,
-        "use_tf32": 0,
-        "cudnn_conv_algo_search": "HEURISTIC",
-        "prefer_nhwc": 1,
-    }
     session = make(tiny)
     assert session._session.get_session_options().use_deterministic_compute
     session.close()
+    asked: list[Any] = []
+
+    def compiled(_file: str, _options: Any, providers: list[Any], **_more: Any) -> None:
+        asked.extend(providers)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("imagemill.pipeline.backends.onnxruntime._missing", lambda _provider: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", compiled)
+    with pytest.raises(errors.ModelError, match="enough"):
+        OnnxRuntimeSession(make_spec(tiny), device, Stopwatch())
+    settings = {"use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": 1}
+    assert asked == [("CUDAExecutionProvider", {"device_id": 3, **settings})]
 
 
 def test_a_job_on_onnx_runtime_is_like_any_other(

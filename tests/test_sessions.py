@@ -36,15 +36,6 @@ def test_a_model_that_cannot_be_compiled_is_one_clear_error(tiny: Bundle, tmp_pa
         make(tiny, model_file=str(tmp_path / "model.onnx"))
 
 
-def test_an_unknown_backend_names_the_known_ones(tiny: Bundle) -> None:
-    """A backend is one file and one line in a table; the message lists the table."""
-    with pytest.raises(
-        errors.DeviceError,
-        match=r"backend tpu is not known\. Known: openvino, torch, onnxruntime, popart, null\.",
-    ):
-        make(tiny, backend="tpu")
-
-
 def test_a_models_folder_that_cannot_be_written_costs_only_the_cache(
     tiny: Bundle, tmp_path: Path
 ) -> None:

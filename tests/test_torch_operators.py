@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 torch = pytest.importorskip("torch", reason="needs torch")
-from imagemill.pipeline.backends.torch.operators import OPERATORS, Node, Unsupported, bind  # noqa: E402
+from imagemill.pipeline.backends.torch.operators.node import OPERATORS, Node, Unsupported, bind  # noqa: E402
 from imagemill.pipeline.backends.torch.program import OPSETS, Loaded, from_model  # noqa: E402
 
 pytestmark = pytest.mark.ecosystem

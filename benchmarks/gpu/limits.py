@@ -21,7 +21,6 @@ from stage import Stage, shape_of
 
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.torch.program import Program, Step, read
-from imagemill.pipeline.backends.torch.traffic import bytes_of_steps
 from imagemill.records import Precision, SessionSpec
 from imagemill.system import cpu
 
@@ -118,7 +117,7 @@ def layers(program: Program, itemsize: int) -> Iterator[Layer]:
         program: its shapes are those of one batch.
         itemsize: bytes of a number in the precision of its products.
     """
-    for step, moved in bytes_of_steps(program, itemsize):
+    for step, moved in program.bytes_of_steps(itemsize):
         yield Layer(step, moved, _flops(program, step))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from imagemill.pipeline.backends.torch.cuda import CudaRunner
 from imagemill.pipeline.backends.torch.fusions import FusedConv
-from imagemill.pipeline.backends.torch.operators import Call, Tensor
+from imagemill.pipeline.backends.torch.operators.node import Call, Tensor
 from imagemill.pipeline.backends.torch.program import Loaded, Step
 
 _CLOSE = 0.02

@@ -70,7 +70,6 @@ class Stopwatch:
         names = "read decode starved compute write decode_wall device transfer".split()
         self._seconds = dict.fromkeys(names, 0.0)
         self._images = self._recomputed = 0
-        self._begun = time.perf_counter()
 
     def add(self, name: str, seconds: float) -> None:
         """Add seconds to one of the sums of `Clock`."""
@@ -124,10 +123,6 @@ class Stopwatch:
                     self.add(name, time.perf_counter() - begun)
                 is_first = False
             yield item
-
-    def elapsed(self) -> float:
-        """Return the seconds since this stopwatch was made."""
-        return time.perf_counter() - self._begun
 
     def read(self) -> Clock:
         """Return the sums so far."""

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 
@@ -35,7 +36,7 @@ def _work(connection: Connection) -> None:
         processes.pin_to_cores(begin.device.cores)
     without_pandas.hide_pandas()
     # These import libraries that count the cores they may use, so the affinity is set first.
-    from imagemill.pipeline.backends import depends_on_batch, open_session
+    from imagemill.pipeline.backends import depends_on_batch, installed_versions, open_session
     from imagemill.pipeline.decoding.pillow import limit_pillow
     from imagemill.pipeline.feed import Feed
     from imagemill.pipeline.run_shards import run_shards
@@ -58,18 +59,20 @@ def _work(connection: Connection) -> None:
     for name in ("compute", "device", "transfer"):
         clock.add(name, -getattr(spent, name))
     workers = job.num_workers or len(device.cores)
-    sink = Sink(job, session.backend, session.versions | _decoder_versions())
+    versions = session.versions | {"python": platform.python_version()}
+    versions |= installed_versions(("numpy", "pillow", "simplejpeg"))
+    sink = Sink(job, device.engine, versions)
     gc.freeze()
     connection.send(protocol.Ready(os.getpid()))
     recipe, batch_size = job.session.card.recipe, job.session.batch_size
     with Feed(recipe, job.limits, batch_size, workers, heartbeat, clock) as feed:
-        images, begun = 0, clock.elapsed()
+        images, begun = 0, time.perf_counter()
         while leases := _next_run(connection):
             for receipt in run_shards(leases, session, feed, sink, job, clock):
                 connection.send(protocol.Done(receipt, clock.read()))
                 images += receipt.rows
             connection.send(protocol.Idle())
-        seconds = clock.elapsed() - begun
+        seconds = time.perf_counter() - begun
         _log.info(
             "done: %d images in %.1f s, %.1f images/s",
             images,
@@ -99,16 +102,3 @@ def _leases(connection: Connection, first: Lease) -> Iterator[Lease]:
         message = connection.recv()
     if isinstance(message, Stop):
         raise EOFError
-
-
-def _decoder_versions() -> dict[str, str]:
-    import numpy
-    import PIL
-    import simplejpeg
-
-    return {
-        "python": platform.python_version(),
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-        "simplejpeg": str(getattr(simplejpeg, "__version__", "")),
-    }

@@ -11,7 +11,6 @@ from typing import Any
 
 from msgspec import Struct
 
-from imagemill.errors import DeviceError
 from imagemill.pipeline.backends.base import Found, Session
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import DeviceSpec, Precision, SessionSpec
@@ -91,11 +90,8 @@ def open_session(spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> Ses
     """Compile a model for a device and return its session.
 
     Raises:
-        DeviceError: no such backend, or its device is not to be had. ModelError: the model cannot
-        be compiled.
+        DeviceError: the device is not to be had. ModelError: the model cannot be compiled.
     """
-    if device.backend not in BACKENDS:
-        raise DeviceError(f"backend {device.backend} is not known. Known: {', '.join(BACKENDS)}.")
     session: Session = _class(device.backend)(spec, device, clock)
     return session
 

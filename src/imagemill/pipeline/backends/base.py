@@ -4,6 +4,7 @@ order.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -46,8 +47,6 @@ class Session(Protocol):
     gives the first back. A batch in which no place is filled is passed on without being computed.
     """
 
-    backend: str
-    """`DeviceSpec.engine` of its device."""
     versions: dict[str, str]
     """Of the libraries that decide the answers."""
 
@@ -55,8 +54,8 @@ class Session(Protocol):
         """Yield each batch with its outputs, in order; ends when the batches end and nothing is in
         flight.
 
-        Raises:
-            ModelError: a batch of another shape than the model was compiled for.
+        Args:
+            batches: uint8 pixels, all of the shape that the model was compiled for.
         """
         ...
 
@@ -68,8 +67,8 @@ class Session(Protocol):
 class QueuedSession:
     """A session that keeps several batches in flight, and yields them in order.
 
-    A subclass starts batches, collects their outputs and drops those that nobody wants. What its
-    `_start` returns is the batch's ticket.
+    A subclass starts batches and collects their outputs. What its `_start` returns is the batch's
+    ticket.
     """
 
     _in_flight: int
@@ -77,8 +76,7 @@ class QueuedSession:
     _widths: Sequence[int]
     """Of the outputs, in the order of `_names`."""
 
-    def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
-        self.backend = device.engine
+    def __init__(self, spec: SessionSpec, clock: Stopwatch) -> None:
         self._clock = clock
         recipe = spec.card.recipe
         self._shape = (spec.batch_size, recipe.height, recipe.width, 3)
@@ -96,10 +94,6 @@ class QueuedSession:
         """Wait for a batch, and return its outputs: its own arrays, (filled, width) each."""
         raise NotImplementedError
 
-    def _drop(self, ticket: Any) -> None:
-        """Wait for a batch whose outputs nobody needs, or cancel it."""
-        raise NotImplementedError
-
     def memory_traffic(self) -> MemoryTraffic | None:
         """Return what the device's memory allows; None if it cannot be measured. Takes some 0.1 s
         and up to 512 MiB on the device. Nothing may be in flight.
@@ -112,7 +106,6 @@ class QueuedSession:
         computing = 0
         try:
             for batch in batches:
-                refuse_other_shapes(batch, self._shape)
                 while computing == self._in_flight:
                     first, ticket = busy.popleft()
                     computing -= ticket is not None
@@ -122,9 +115,10 @@ class QueuedSession:
             while busy:
                 yield self._finish(*busy.popleft())
         finally:
-            for _, ticket in busy:  # the stream was broken off
+            for batch, ticket in busy:  # the stream was broken off
                 if ticket is not None:
-                    self._drop(ticket)
+                    with contextlib.suppress(Exception):  # the first error is the one to raise
+                        self._collect(batch, ticket)
 
     def _finish(self, batch: Batch, ticket: Any) -> tuple[Batch, Outputs]:
         if ticket is None:
@@ -179,14 +173,3 @@ def describe_memory_shortage(
     of = f" of {total / 1e9:.1f}" if total else ""
     more = f"about {need / 1e9:.1f} GB" if need > free else "more"
     return f"{device} has {free / 1e9:.1f}{of} GB free, and batches of {batch_size} need {more}."
-
-
-def refuse_other_shapes(batch: Batch, shape: tuple[int, ...]) -> None:
-    """Compare a batch with what a session was compiled for, uint8 `shape`. Raises: ModelError where
-    it differs.
-    """
-    if batch.pixels.shape != shape or batch.pixels.dtype != "uint8":
-        raise ModelError(
-            f"batch of {batch.pixels.dtype} {batch.pixels.shape} for a session compiled for uint8"
-            f" {shape}"
-        )

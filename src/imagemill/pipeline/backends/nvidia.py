@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -70,13 +71,9 @@ def traits(number: int) -> Traits:
     """Return the traits of a GPU that `find_gpus` found."""
     driver = ctypes.CDLL("libcuda.so.1")
 
-    def read(*attributes: int) -> Iterator[int]:
-        return (_attribute(driver, attribute, number) for attribute in attributes)
-
-    major, minor, clock, width, processors = read(
-        _MAJOR, _MINOR, _MEMORY_CLOCK, _BUS_WIDTH, _PROCESSORS
-    )
-    return Traits((major, minor), (clock * width, processors))
+    read = partial(_attribute, driver, number=number)
+    bandwidth = read(_MEMORY_CLOCK) * read(_BUS_WIDTH)
+    return Traits((read(_MAJOR), read(_MINOR)), (bandwidth, read(_PROCESSORS)))
 
 
 def is_card_here(pci: Path = _PCI) -> bool:

@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import util
 from pathlib import Path
@@ -54,29 +54,14 @@ class Provider(Struct, frozen=True):
     name: str
     install: str
     """The line to type for it."""
-    options: Callable[[SessionSpec, DeviceSpec], dict[str, Any]] = lambda _spec, device: {
-        "device_id": device.id
-    }
+    options: Mapping[str, Any] | None = {}
+    """Beside the number of the device; None: it takes neither."""
     driver: Callable[[], Found] = lambda: Found(("device 0",))
     """Looks for the devices and what the system must bring for them."""
     library: str | None = None
     """The provider's own shared library, below `onnxruntime/capi`, whose loading shows which others
     are missing.
     """
-
-
-def _cuda(_spec: SessionSpec, device: DeviceSpec) -> dict[str, Any]:
-    """Return what makes CUDA's answers repeatable, and fp32 as wide as its name says.
-
-    By default, matrix products and convolutions of fp32 are TF32 (10 bits instead of 23), and
-    cuDNN's algorithms are chosen by a stopwatch at each start. Tensor cores want channels-last.
-    """
-    return {
-        "device_id": device.id,
-        "use_tf32": 0,
-        "cudnn_conv_algo_search": "HEURISTIC",
-        "prefer_nhwc": 1,
-    }
 
 
 def _amd() -> Found:
@@ -91,21 +76,20 @@ def _amd() -> Found:
     return Found(tuple(f"AMD GPU, node {node}" for node in gpus))
 
 
+# CUDA's answers are made repeatable, and fp32 as wide as its name says. By default, its matrix
+# products and convolutions are TF32 (10 bits instead of 23), and cuDNN's algorithms are chosen by a
+# stopwatch at each start. Tensor cores want channels-last.
 PROVIDERS: dict[str, Provider] = {
-    "cpu": Provider(
-        "CPUExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _spec, _device: {}
-    ),
+    "cpu": Provider("CPUExecutionProvider", _PIP + "'imagemill[onnxruntime]'", None),
     "cuda": Provider(
         "CUDAExecutionProvider",
         _PIP + "'imagemill[cuda]'",
-        _cuda,
+        {"use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC", "prefer_nhwc": 1},
         driver=find_gpus,
         library="libonnxruntime_providers_cuda.so",
     ),
     "rocm": Provider("MIGraphXExecutionProvider", _PIP + "onnxruntime-migraphx", driver=_amd),
-    "coreml": Provider(
-        "CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", lambda _spec, _device: {}
-    ),
+    "coreml": Provider("CoreMLExecutionProvider", _PIP + "'imagemill[onnxruntime]'", None),
 }
 """Kind of device → provider. A further one is a line here, and its kind in `backends.BACKENDS`."""
 
@@ -119,7 +103,7 @@ class OnnxRuntimeSession(QueuedSession):
             raise DeviceError(f"{device.name}: {missing}")
         import onnxruntime
 
-        super().__init__(spec, device, clock)
+        super().__init__(spec, clock)
         self.versions = {"onnxruntime": onnxruntime.__version__}
         self._device = device
         self._input = spec.card.input
@@ -154,7 +138,7 @@ class OnnxRuntimeSession(QueuedSession):
         except Exception as error:  # the classes that ONNX Runtime raises share no other base
             _raise_if_device_failed(error, self._device, len(pixels))
             raise ModelError(
-                f"{self.backend} cannot compute a batch of {len(pixels)}: {one_line(error)}"
+                f"{self._device.engine} cannot compute a batch of {len(pixels)}: {one_line(error)}"
             ) from error
         return found
 
@@ -162,10 +146,6 @@ class OnnxRuntimeSession(QueuedSession):
         self, batch: Batch, ticket: Future[list[NDArray[np.float32]]]
     ) -> list[NDArray[np.float32]]:
         return [np.asarray(array[: batch.filled], np.float32) for array in ticket.result()]
-
-    def _drop(self, ticket: Future[list[NDArray[np.float32]]]) -> None:
-        if not ticket.cancel():
-            ticket.exception()
 
     def close(self) -> None:
         """See `Session.close`."""
@@ -221,10 +201,10 @@ def _open(
     # Decoding threads want the same cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.use_deterministic_compute = True
-    wanted = [(provider.name, provider.options(spec, device))]
+    given = {} if provider.options is None else {"device_id": device.id, **provider.options}
     try:
         session = onnxruntime.InferenceSession(
-            spec.model_file, options, providers=wanted, enable_fallback=0
+            spec.model_file, options, providers=[(provider.name, given)], enable_fallback=0
         )
     except Exception as error:  # the classes that ONNX Runtime raises share no other base
         _raise_if_device_failed(error, device, spec.batch_size)

@@ -97,7 +97,7 @@ class OpenVinoSession(QueuedSession):
     def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
         ov = load_openvino()
         self._ov = ov
-        super().__init__(spec, device, clock)
+        super().__init__(spec, clock)
         self.versions = {"openvino": ov.get_version().split("-")[0]}
         core = new_core()
         # A models folder may be another user's, or read-only: then each start compiles.
@@ -159,10 +159,6 @@ class OpenVinoSession(QueuedSession):
         found = [tensor.data[: batch.filled].copy() for tensor in tensors]
         self._free.append(ticket)
         return found
-
-    def _drop(self, ticket: Any) -> None:
-        ticket.wait()
-        self._free.append(ticket)
 
     def close(self) -> None:
         """See `Session.close`."""

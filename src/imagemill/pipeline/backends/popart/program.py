@@ -33,14 +33,6 @@ import sys
 import time
 from typing import Any, Dict, List, Tuple
 
-# This file's folder comes first where modules are looked for, and holds a popart.py that is not
-# popart.
-sys.path[:] = [
-    path
-    for path in sys.path
-    if os.path.abspath(path or os.curdir) != os.path.dirname(os.path.abspath(__file__))
-]
-
 ALIGNMENT = 64
 
 
@@ -54,6 +46,10 @@ class Failure(Exception):  # noqa: N818 - what is said, not what went wrong
 
 def main() -> int:
     """Serve the session until its end of the pipe is closed."""
+    # This file's folder comes first where modules are looked for, and holds a popart.py that is not
+    # popart.
+    folder = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path or os.curdir) != folder]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # whatever libraries print must not look like an answer
@@ -123,19 +119,16 @@ def _serve(popart: Any, descriptor: int, notify: Any) -> None:
             raise Failure("model", "%s: %s" % (type(error).__name__, error))
         images = order["slot_shape"][0] * order["slot_shape"][1]
         widths = [anchors[name].size // images for name in output_ids]
-        slots = _map(descriptor, order, images, widths)
+        os.ftruncate(descriptor, 0)  # the model has been read
+        slots = map_slots(descriptor, order, widths)
         notify({"ready": widths})
         for line in lines:
             message = _order(line)
-            if (
-                message is None
-                or set(message) != {"run"}
-                or message["run"] not in range(len(slots))
-            ):
+            if set(message) != {"run"} or message["run"] not in range(len(slots)):
                 raise Failure("lost", "the program received an unknown message: %s" % line[:200])
             x, outputs = slots[message["run"]]
             try:
-                session.run(popart.PyStepIO({input_id: x}, anchors))
+                session.run(popart.PyStepIO({input_id: x if len(x) > 1 else x[0]}, anchors))
             except Exception as error:
                 raise Failure("lost", "%s: %s" % (type(error).__name__, error))
             for goal, name in zip(outputs, output_ids):
@@ -212,32 +205,28 @@ def _prepare(
     return session, input_id, anchors, output_ids
 
 
-def _map(
-    descriptor: int, order: Dict[str, Any], images: int, widths: List[int]
+def map_slots(
+    descriptor: int, order: Dict[str, Any], widths: List[int]
 ) -> List[Tuple[Any, List[Any]]]:
-    """Make the file as large as the slots are, and return their input and outputs as arrays."""
+    """Make the file as large as the slots are, and return their input and outputs as arrays; both
+    sides call it.
+    """
     import numpy
 
     shape = order["slot_shape"]
-    kind = numpy.dtype(numpy.float16 if order["half"] else numpy.float32)
-    sizes = [int(numpy.prod(shape)) * kind.itemsize] + [4 * images * width for width in widths]
+    forms = [(shape, "f2" if order["half"] else "f4")]
+    forms += [((shape[0] * shape[1], width), "f4") for width in widths]
+    sizes = [int(numpy.prod(form)) * int(kind[1]) for form, kind in forms]
     sizes = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    os.ftruncate(descriptor, 0)  # the model has been read
     os.ftruncate(descriptor, order["slots"] * sum(sizes))
     memory = mmap.mmap(descriptor, order["slots"] * sum(sizes))
     slots = []
     for slot in range(order["slots"]):
-        at = slot * sum(sizes)
-        x = numpy.frombuffer(memory, kind, int(numpy.prod(shape)), at).reshape(
-            shape[1:] if shape[0] == 1 else shape
-        )
-        outputs = []
-        for size, width in zip(sizes, widths):
+        at, arrays = slot * sum(sizes), []
+        for (form, kind), size in zip(forms, sizes):
+            arrays.append(numpy.ndarray(form, kind, memory, at))
             at += size
-            outputs.append(
-                numpy.frombuffer(memory, numpy.float32, images * width, at).reshape(images, width)
-            )
-        slots.append((x, outputs))
+        slots.append((arrays[0], arrays[1:]))
     return slots
 
 

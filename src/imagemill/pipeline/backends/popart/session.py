@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import mmap
 import os
 import shutil
 import subprocess
@@ -27,20 +26,16 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceError, DeviceLostError, ImagemillError, ModelError, UsageError
-from imagemill.pipeline.backends.base import (
-    Found,
-    make_outputs,
-    names_of_outputs,
-    refuse_other_shapes,
-)
+from imagemill.pipeline.backends.base import Found, make_outputs, names_of_outputs
 from imagemill.pipeline.backends.popart import ipu_graph
+from imagemill.pipeline.backends.popart.program import map_slots
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Batch, DeviceSpec, Outputs, Precision, SessionSpec
 from imagemill.system import files, processes
@@ -55,7 +50,6 @@ SLOTS: Final = 2
 PATIENCE_S = 10.0
 """How long an IPU is waited for that is not free yet."""
 _PROGRAM: Final = Path(__file__).with_name("program.py")
-_ALIGNMENT: Final = 64
 _LOOK_S: Final = 120.0
 _CLOSE_S: Final = 10.0
 _REMEDY: Final = (
@@ -83,7 +77,6 @@ class PopartSession:
     """See the module's docstring."""
 
     def __init__(self, spec: SessionSpec, device: DeviceSpec, clock: Stopwatch) -> None:
-        self.backend = device.engine
         self._name = device.name
         self._model = spec.model_file
         self._clock = clock
@@ -97,7 +90,7 @@ class PopartSession:
         self._channels_last, self._order = cut.channels_last, cut.order
         self._table = cut.table.astype(np.float16 if half else np.float32)
         image = (height, width, 3) if cut.channels_last else (3, height, width)
-        shape = (self._steps, spec.batch_size, *image)
+        cache = Path(spec.cache_dir or "", "popart")
         self._process: subprocess.Popen[bytes] | None = None
         with files.in_memory("imagemill-ipu") as file:
             file.write(cut.model)
@@ -106,21 +99,21 @@ class PopartSession:
             self._process = _start(str(file.fileno()), str(parent), descriptors=(file.fileno(),))
             try:
                 self.versions: dict[str, str] = self._answer("here")
-                self._notify(
-                    {
-                        "model_bytes": len(cut.model),
-                        "opset": cut.opset,
-                        "convolutions": cut.convolutions,
-                        "memory_proportion": proportion,
-                        "half": half,
-                        "cache": _cache(spec),
-                        "slot_shape": shape,
-                        "slots": SLOTS,
-                        "synthetic": spec.synthetic,
-                        "patience_s": PATIENCE_S,
-                    }
-                )
-                self._slots = _map(file, shape, self._table.dtype, self._answer("ready"))
+                can_keep = spec.cache_dir and files.can_be_written(cache)
+                order = {
+                    "model_bytes": len(cut.model),
+                    "opset": cut.opset,
+                    "convolutions": cut.convolutions,
+                    "memory_proportion": proportion,
+                    "half": half,
+                    "cache": str(cache) if can_keep else None,
+                    "slot_shape": (self._steps, spec.batch_size, *image),
+                    "slots": SLOTS,
+                    "synthetic": spec.synthetic,
+                    "patience_s": PATIENCE_S,
+                }
+                self._notify(order)
+                self._slots = map_slots(file.fileno(), order, self._answer("ready"))
             except BaseException:
                 if self._process is not None:
                     self._process.kill()  # it may be compiling, which takes minutes
@@ -162,7 +155,6 @@ class PopartSession:
         step: _Step | None = None
         try:
             for batch in batches:
-                refuse_other_shapes(batch, self._shape)
                 if step is None:
                     if not free:
                         free.append(busy[0].slot)
@@ -309,30 +301,6 @@ def _parsed(line: bytes) -> dict[str, Any]:
     return message if isinstance(message, dict) else {}
 
 
-def _map(
-    file: IO[bytes], shape: tuple[int, ...], kind: np.dtype[Any], widths: list[int]
-) -> list[tuple[NDArray[Any], list[NDArray[np.float32]]]]:
-    """The slots as arrays: input of `shape`, outputs float32 (steps × batch, width). Laid out as
-    program.py tells.
-    """
-    images = shape[0] * shape[1]
-    memory = mmap.mmap(file.fileno(), 0)
-    slots, at = [], 0
-
-    def array(dtype: Any, *dimensions: int) -> NDArray[Any]:
-        nonlocal at
-        made: NDArray[Any] = np.frombuffer(memory, dtype, int(np.prod(dimensions)), at).reshape(
-            dimensions
-        )
-        at += -(-made.nbytes // _ALIGNMENT) * _ALIGNMENT
-        return made
-
-    for _ in range(SLOTS):
-        x = array(kind, *shape)
-        slots.append((x, [array(np.float32, images, width) for width in widths]))
-    return slots
-
-
 def _memory_proportion() -> float | None:
     """What `IMAGEMILL_POPART_MEMORY_PROPORTION` says. Raises: UsageError."""
     text = os.environ.get(MEMORY_VARIABLE)
@@ -345,11 +313,3 @@ def _memory_proportion() -> float | None:
     if not 0 < share <= 1:
         raise UsageError(f"{MEMORY_VARIABLE}={text}: must be a number above 0, and 1 at most.")
     return share
-
-
-def _cache(spec: SessionSpec) -> str | None:
-    """Where PopART keeps what it compiled; None where nothing can be written."""
-    if not spec.cache_dir:
-        return None
-    folder = Path(spec.cache_dir) / "popart"
-    return str(folder) if files.can_be_written(folder) else None

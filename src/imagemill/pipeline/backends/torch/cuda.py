@@ -20,15 +20,17 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import DeviceLostError
-from imagemill.pipeline.backends.torch.cpu import as_tensor
-from imagemill.pipeline.backends.torch.operators import Tensor
-from imagemill.pipeline.backends.torch.program import Loaded
+from imagemill.pipeline.backends.torch.operators.node import Tensor
+from imagemill.pipeline.backends.torch.program import Loaded, as_tensor
 from imagemill.pipeline.stopwatch import Stopwatch
 
 SLOTS: Final = 3
 """Batches in flight: one is copied in, one computes, one is copied out."""
 _WARM_UP: Final = 3
 """Runs before the graph is captured, in which libraries choose kernels and take workspace."""
+_COPIED: Final = 2**28
+"""Bytes that are copied to measure the rate: more than any GPU's caches hold."""
+_REPETITIONS: Final = 10
 
 
 def prepare() -> None:
@@ -163,16 +165,37 @@ class CudaRunner:
         self._free.append(ticket)
         return found
 
-    def drop(self, ticket: _Slot) -> None:
-        """Wait for a batch whose outputs nobody needs."""
-        self.finish(ticket)
-
     def close(self) -> None:
         """Let go of the GPU's memory."""
         self._graph = None
         self._slots.clear()
         self._free.clear()
         self._outputs = []
+
+
+def measure_copies(cuda: Any, device: str) -> float:
+    """Return the rate in bytes/s at which a GPU copies within its memory, reads plus writes.
+
+    Args:
+        cuda: `torch.cuda`, or a stand-in.
+        device: as PyTorch spells it.
+    """
+    free, _ = cuda.mem_get_info(device)
+    count = max(1, min(_COPIED, free // 4))
+    source = torch.zeros(count, dtype=torch.uint8, device=device)
+    copied = torch.empty_like(source)
+    stream = cuda.Stream(device)
+    begun, ended = (cuda.Event(blocking=True, enable_timing=True) for _ in range(2))
+    cuda.synchronize()
+    with cuda.stream(stream):
+        copied.copy_(source)  # the first one is slower
+        begun.record(stream)
+        for _ in range(_REPETITIONS):
+            copied.copy_(source)
+        ended.record(stream)
+    ended.synchronize()
+    seconds = begun.elapsed_time(ended) / 1000
+    return float(2 * count * _REPETITIONS / seconds)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,9 +17,9 @@ import torch.nn.functional as F  # noqa: N812 - PyTorch's own abbreviation
 from msgspec import Struct
 from msgspec.structs import replace
 
-from imagemill.pipeline.backends.torch.operators import Tensor
 from imagemill.pipeline.backends.torch.operators.elementwise import Power
 from imagemill.pipeline.backends.torch.operators.layers import BatchNorm, ConvSettings
+from imagemill.pipeline.backends.torch.operators.node import Tensor
 
 if TYPE_CHECKING:
     from imagemill.pipeline.backends.torch.program import Program, Step

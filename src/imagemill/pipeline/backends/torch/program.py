@@ -11,16 +11,27 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
 from msgspec import Struct, field
+from numpy.typing import NDArray
 
+from imagemill.models.custom.outputs import live_nodes
 from imagemill.pipeline.backends.torch import fusions
-from imagemill.pipeline.backends.torch.operators import Call, Node, Tensor, Unsupported, bind
 from imagemill.pipeline.backends.torch.operators.layout import to_tensor
+from imagemill.pipeline.backends.torch.operators.node import (
+    Call,
+    Node,
+    Tensor,
+    Unsupported,
+    bind,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +41,8 @@ OPSETS: Final = range(7, 29)
 PRODUCTS: Final = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Linear")
 """Operators that a lower precision makes faster."""
 _CONVOLUTIONS: Final = ("Conv", "ConvTranspose")
+_VIEWS: Final = ("Transpose", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity")
+"""Steps that move no bytes, at least as long as the layout allows it."""
 
 
 class Step(Struct):
@@ -66,6 +79,11 @@ class Program(Struct):
         """Return a value's shape."""
         return tuple(self.values[name].shape)
 
+    def _size(self, name: str, width: int, *, is_reduced: bool) -> int:
+        value = self.values[name]
+        each = width if is_reduced and value.is_floating_point() else value.element_size()
+        return int(value.numel()) * each
+
     def memory(self, width: int) -> int:
         """Return about how many bytes it takes when it is loaded and runs: constants, and at any
         step the values that are still needed. Libraries take workspace beside that.
@@ -73,25 +91,35 @@ class Program(Struct):
         Args:
             width: bytes of a number in the session's precision.
         """
-
-        def size(name: str, step: Step) -> int:
-            value = self.values[name]
-            is_narrow = step.is_reduced and value.is_floating_point()
-            return int(value.numel() * (width if is_narrow else value.element_size()))
-
         left, constants = self.users.copy(), dict[str, int]()
         alive = {self.input: int(self.values[self.input].numel())}
         peak = sum(alive.values())
         for step in self.steps:
-            alive.update((name, size(name, step)) for name in step.outputs if left[name])
+            size = partial(self._size, width=width, is_reduced=step.is_reduced)
+            alive.update((name, size(name)) for name in step.outputs if left[name])
             peak = max(peak, sum(alive.values()))
             for name in filter(None, step.inputs):
                 if self.is_constant(name):
-                    constants[name] = size(name, step)
+                    constants[name] = size(name)
                 left[name] -= 1
                 if not left[name]:
                     alive.pop(name, None)
         return sum(constants.values()) + peak
+
+    def bytes_of_steps(self, width: int) -> Iterator[tuple[Step, int]]:
+        """Yield each step that moves something, with the bytes that it reads and writes once.
+
+        Args:
+            width: bytes of a number in the session's precision.
+        """
+        reduced = {name for step in self.steps if step.is_reduced for name in step.outputs}
+        for step in self.steps:
+            if step.kind not in _VIEWS:
+                moved = 0
+                for name in filter(None, (*step.inputs, *step.outputs)):
+                    is_weight = self.is_constant(name) and step.is_reduced
+                    moved += self._size(name, width, is_reduced=is_weight or name in reduced)
+                yield step, moved
 
     def refresh(self) -> None:
         """Drop what no output needs, and count the users of every value again."""
@@ -146,7 +174,7 @@ def from_model(
         raise Unsupported("sparse weights")
     program = Program(entry, tuple(outputs), [], _initial(model.graph, entry, example))
     with torch.no_grad():
-        for node in _needed(model.graph, outputs, entry):
+        for node in live_nodes(model.graph, list(outputs)):
             _add(program, node, opset)
         for name in outputs:
             if name not in program.values:
@@ -166,16 +194,6 @@ def _initial(graph: onnx.GraphProto, entry: str, example: Tensor) -> dict[str, T
         if item.name not in values:
             raise Unsupported(f"a graph with the input {item.name} besides {entry}")
     return values
-
-
-def _needed(graph: onnx.GraphProto, outputs: Sequence[str], entry: str) -> list[onnx.NodeProto]:
-    """Return the nodes that the outputs depend on, in the graph's order."""
-    wanted, kept = set(outputs) - {entry}, []
-    for node in reversed(graph.node):
-        if wanted.intersection(node.output):
-            kept.append(node)
-            wanted.update(node.input)
-    return kept[::-1]
 
 
 def _add(program: Program, node: onnx.NodeProto, opset: int) -> None:
@@ -334,3 +352,48 @@ class Loaded:
             for place in step.ends:
                 values[place] = None
         return [values[place].float() for place in self._outputs]
+
+
+class CpuRunner:
+    """Computes several batches at once on CPU cores, a thread and its own cores for each.
+
+    PyTorch's own threads wait in busy loops at every layer, so one core per batch is faster than
+    all cores for each batch, and leaves the cores to the decoding threads.
+
+    Args:
+        program: loaded on the CPU.
+        cores: how many it may use.
+        in_flight: batches that may be started before the first is finished; 0: two per core.
+    """
+
+    def __init__(self, program: Loaded, cores: int, in_flight: int) -> None:
+        self.in_flight = in_flight or 2 * cores
+        at_work = min(cores, self.in_flight)
+        threads = max(1, cores // at_work)
+        self._program = program
+        # OpenMP keeps the number per thread, so it is set in each of them.
+        self._pool = ThreadPoolExecutor(at_work, "session", lambda: torch.set_num_threads(threads))
+
+    def start(self, pixels: NDArray[np.uint8]) -> Any:
+        """Start a batch; returns what `finish` is called with."""
+        return self._pool.submit(self._compute, pixels)
+
+    def finish(self, ticket: Future[list[NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+        """Return a batch's outputs, which are the caller's own."""
+        return ticket.result()
+
+    def _compute(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        with torch.inference_mode():
+            return [values.numpy() for values in self._program(as_tensor(pixels))]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def as_tensor(pixels: NDArray[np.uint8]) -> Any:
+    """Return an array as a tensor, copied only if PyTorch does not take it: if it is read-only, or
+    turned around, as a reversed batch of one image is.
+    """
+    is_plain = pixels.flags.writeable and min(pixels.strides) > 0
+    return torch.from_numpy(pixels if is_plain else pixels.copy(order="C"))

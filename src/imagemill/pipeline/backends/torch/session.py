@@ -42,7 +42,7 @@ class TorchSession(QueuedSession):
             raise DeviceError(f"{device.name}: {missing}")
         import torch
 
-        super().__init__(spec, device, clock)
+        super().__init__(spec, clock)
         self.versions = {"torch": str(torch.__version__)}
         self.recomputed = 0
         """Images that overflowed fp16 and were computed again in fp32."""
@@ -70,14 +70,16 @@ class TorchSession(QueuedSession):
                 need = program.memory(dtype.itemsize) + (single.memory(4) if single else 0)
                 text = describe_memory_shortage(device.name, spec.batch_size, *self._memory, need)
                 raise DeviceMemoryError(text) from error
-            if isinstance(error, torch.AcceleratorError):
-                raise _lost(device, error) from error
+            is_open = device.kind != "cuda" or self._memory[0] is not None
+            if isinstance(error, torch.AcceleratorError) or not is_open:
+                text = f"{device.name}: the GPU failed: {one_line(error)}"
+                raise DeviceLostError(text) from error
             raise cannot_compile(spec, device, one_line(error)) from error
         self._in_flight = self._runner.in_flight
         self._log_start(spec, device)
 
     def _read(self, spec: SessionSpec, device: DeviceSpec, batch: int) -> Program:
-        from imagemill.pipeline.backends.torch.operators import Unsupported
+        from imagemill.pipeline.backends.torch.operators.node import Unsupported
         from imagemill.pipeline.backends.torch.program import read
 
         other = _ALTERNATIVE[device.kind]
@@ -106,21 +108,15 @@ class TorchSession(QueuedSession):
     ) -> None:
         import torch
 
-        from imagemill.pipeline.backends.torch.cpu import CpuRunner
-        from imagemill.pipeline.backends.torch.program import Loaded
+        from imagemill.pipeline.backends.torch.program import CpuRunner, Loaded
 
         cores = len(device.cores)
         if device.kind == "cuda":
             from imagemill.pipeline.backends.torch import cuda
 
             cuda.prepare()
-            try:
-                self._cuda, self._place = cuda.open_card(device.id)
-                self._memory = self._cuda.mem_get_info(self._place)
-            except RuntimeError as error:  # AcceleratorError is one
-                if cuda.is_out_of_memory(error):
-                    raise
-                raise _lost(device, error) from error
+            self._cuda, self._place = cuda.open_card(device.id)
+            self._memory = self._cuda.mem_get_info(self._place)
             self.versions["cuda"] = str(torch.version.cuda)
             self.versions["cudnn"] = str(torch.backends.cudnn.version())
             loaded = Loaded(program, self._place, dtype)
@@ -157,9 +153,6 @@ class TorchSession(QueuedSession):
             self._replace_overflows(batch, found)
         return found
 
-    def _drop(self, ticket: Any) -> None:
-        self._runner.drop(ticket)
-
     def _replace_overflows(self, batch: Batch, found: list[NDArray[np.float32]]) -> None:
         finite = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in found])
         for row in np.flatnonzero(~finite):
@@ -188,10 +181,10 @@ class TorchSession(QueuedSession):
         """See `QueuedSession.memory_traffic`; on GPUs alone."""
         if self._cuda is None:
             return None
-        from imagemill.pipeline.backends.torch import traffic
+        from imagemill.pipeline.backends.torch.cuda import measure_copies
 
-        per_image = traffic.count_bytes(self._program, self._width) / self._shape[0]
-        return MemoryTraffic(per_image, traffic.measure_copies(self._cuda, self._place))
+        moved = sum(moved for _, moved in self._program.bytes_of_steps(self._width))
+        return MemoryTraffic(moved / self._shape[0], measure_copies(self._cuda, self._place))
 
     def close(self) -> None:
         """Let go of the device."""
@@ -211,7 +204,3 @@ def _missing(kind: str) -> str | None:
     if kind == "cuda" and not list(Path(here.origin).parent.glob("lib/*torch_cuda.*")):
         return f"The installed PyTorch has no CUDA: pip uninstall -y torch, then {_INSTALL}."
     return None
-
-
-def _lost(device: DeviceSpec, error: Exception) -> DeviceLostError:
-    return DeviceLostError(f"{device.name}: the GPU failed: {one_line(error)}")

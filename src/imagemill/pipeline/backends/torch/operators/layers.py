@@ -72,20 +72,18 @@ def _conv(node: Node) -> Call:
 
 @operator("ConvTranspose")
 def _conv_transpose(node: Node) -> Call:
-    weight = node.shape(1)
-    count = len(weight) - 2
-    node.ignore("kernel_shape")
-    strides = list(node.attribute("strides", None) or [1] * count)
-    dilations = list(node.attribute("dilations", None) or [1] * count)
-    extra = list(node.attribute("output_padding", None) or [0] * count)
-    pads = list(node.attribute("pads", None) or [0] * 2 * count)
     auto = node.attribute("auto_pad", "NOTSET")
     node.require(auto in ("NOTSET", "VALID"), f"with auto_pad={auto}")
     node.require(node.attribute("output_shape", None) is None, "with output_shape")
-    node.require(pads[:count] == pads[count:], "with unequal padding")
-    group = node.attribute("group", 1)
-    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[count - 1]
-    return lambda x, w, b=None: function(x, w, b, strides, pads[:count], extra, group, dilations)
+    conv = ConvSettings(node)
+    node.require(conv.before == conv.after, "with unequal padding")
+    more = (
+        list(node.attribute("output_padding", None) or [0] * conv.rank),
+        conv.group,
+        conv.dilations,
+    )
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[conv.rank - 1]
+    return lambda x, w, b=None: function(x, w, b, conv.strides, conv.before, *more)
 
 
 @operator("Gemm")

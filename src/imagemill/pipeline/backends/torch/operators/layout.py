@@ -168,7 +168,8 @@ def _slice(node: Node) -> Call:
         axis = (axes[place] if axes else place) % len(shape)
         step = steps[place] if steps else 1
         first = max(start, -shape[axis]) if step < 0 else start  # unlike in Python
-        chosen = range(*slice(first, _open_end(end, step, shape[axis]), step).indices(shape[axis]))
+        last = None if step < 0 and end < -shape[axis] else end  # below the first number: all of it
+        chosen = range(*slice(first, last, step).indices(shape[axis]))
         if step > 0:
             cuts[axis] = slice(chosen.start, max(chosen.start, chosen.stop), step)
         else:  # PyTorch slices forwards only: the same numbers, then turned around
@@ -179,11 +180,6 @@ def _slice(node: Node) -> Call:
     if backwards:
         return lambda x: x[index].flip(backwards)
     return lambda x: x[index]
-
-
-def _open_end(end: int, step: int, length: int) -> int | None:
-    """Return an end as Python slices it: below the first number, ONNX means "all of it"."""
-    return None if step < 0 and end < -length else end
 
 
 @operator("Gather")
