@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagemill.errors import UsageError
 from imagemill.pipeline.decoding import pillow, preprocess
-from imagemill.pipeline.decoding.refusals import Refusal, check_budget, judge, one_line
+from imagemill.pipeline.decoding.refusals import check_budget, judge, one_line
 from imagemill.pipeline.sources.files import read_file
 from imagemill.records import BadImage, Limits, Recipe, Status
 
@@ -208,10 +208,7 @@ def _encode_image(image: Image.Image, *, keep_alpha: bool) -> bytes:
 def _check_size(width: int, height: int, limits: Limits) -> None:
     if not width or not height:
         raise BadImage(Status.EMPTY, f"it has no pixels: {width}×{height}", width, height)
-    try:
-        check_budget(width, height, limits)
-    except Refusal as refusal:
-        raise BadImage(refusal.status, refusal.error, width, height) from refusal
+    check_budget(width, height, limits)
 
 
 def _ppm(pixels: NDArray[np.uint8]) -> bytes:

@@ -2,12 +2,10 @@
 
 try:
     from imagemill.pipeline.decoding._resample import resample_part as resample_part
+except ImportError:  # no compiler where it was installed, or an older build
+    resample_part = None  # type: ignore[assignment]
 
-    _RESAMPLER = ""
-except ImportError:  # no compiler where it was installed: a few pixels differ by a level
-    _RESAMPLER = "+pillow-resize"
-
-DECODER = f"pillow+simplejpeg/3{_RESAMPLER}"
+DECODER = f"pillow+simplejpeg/3{'' if resample_part is not None else '+pillow-resize'}"
 """Names the way from bytes to pixels in the answer id; the number rises when that way changes an
-answer.
+answer. Without the vectorised resampler a few pixels differ by a level.
 """

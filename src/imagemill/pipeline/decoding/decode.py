@@ -10,11 +10,8 @@ The contract:
   looked at.
 - No other program is run and no file is opened, whatever the image asks for: formats that are
   scripts (EPS, WMF, PDF) are refused.
-- Fast decoding does not change answers. A JPEG goes through simplejpeg (libjpeg-turbo; at full size
-  its RGB is Pillow's, bit for bit), scaled in the DCT only while its short side stays at least
-  twice the target, and with a box both sides. What simplejpeg refuses, even if
-  recoverable, Pillow decides on, so that an image that Pillow reads is ok, and one that it does not
-  read has Pillow's reason.
+- Fast decoding does not change answers (docs/design.md). What simplejpeg refuses, even if
+  recoverable, Pillow decides on, so that every error is Pillow's.
 
     bytes ─► jpeg (header) ─► ordinary: here, by simplejpeg ─┬─► preprocess (crop, resample)
                           └─► all else: pillow ──────────────┘   ─► pixels
@@ -29,8 +26,8 @@ import simplejpeg
 
 from imagemill.pipeline.decoding import pillow, preprocess
 from imagemill.pipeline.decoding.jpeg import Header, read_header
-from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, judge, one_line
-from imagemill.records import Decoded, Limits, Recipe, Status
+from imagemill.pipeline.decoding.refusals import Seen, check_budget, judge, one_line
+from imagemill.records import BadImage, Decoded, Limits, Recipe, Status
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,8 +77,9 @@ def decode(
             check_budget(jpeg.width, jpeg.height, limits)
         if jpeg is None or not jpeg.ordinary or not _decode_jpeg(data, jpeg, recipe, out):
             pillow.decode(data, recipe, limits, out, seen)
-    except Refusal as refusal:
-        return Decoded(None, refusal.status, refusal.error, seen.width, seen.height)
+    except BadImage as bad:
+        status, text, *_ = bad.args  # the first bytes of a file may hold spaces
+        return Decoded(None, status, text, seen.width, seen.height)
     except MemoryError:
         return Decoded(
             None, Status.TOO_LARGE, "not enough memory to decode it", seen.width, seen.height

@@ -98,14 +98,12 @@ REFUSED: dict[str, tuple[bytes, ...]] = {
 }
 """Formats that are not decoded → what their files begin with."""
 
-TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*")
-"""The first bytes of TIFF and BigTIFF. Pillow also takes the last two, which are wrong."""
-
 MAGIC: dict[str, tuple[bytes, ...]] = {
     "JPEG": (b"\xff\xd8\xff",),
     "PNG": (b"\x89PNG\r\n\x1a\n",),
     "GIF": (b"GIF87a", b"GIF89a"),
-    "TIFF": TIFF_MAGICS,
+    # TIFF and BigTIFF. Pillow also takes the last two, which are wrong.
+    "TIFF": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"MM*\0", b"II\0*"),
     "PSD": (b"8BPS",),
     "JPEG2000": (b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP  \r\n\x87\n"),
     "ICO": (b"\0\0\1\0",),

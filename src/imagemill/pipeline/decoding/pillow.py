@@ -1,12 +1,9 @@
 """Every format but the ordinary JPEG, by Pillow: which plugin reads it, how its pixels become RGB,
 and what is refused.
 
-How images become RGB: as Pillow's `convert("RGB")` does it, but for two things that it clips. Alpha
-is dropped, as published pipelines do, unless the recipe has a background colour: then the image is
-blended onto that colour at full size, before it is resized. 16-bit grey keeps its high byte, as
-16-bit RGB does in Pillow. 32-bit integers and floats are mapped by the image's extremes
-(`scaling`). Of an animation it is the first frame. TIFF has a reader of its own (`tiff`), which
-turns it as its orientation says, whatever the recipe.
+How images become RGB: as Pillow's `convert("RGB")` does it, but for what it clips (docs/formats.md)
+and alpha (docs/design.md). TIFF has a reader of its own (`tiff`), which turns it as its orientation
+says, whatever the recipe.
 
 Pillow's warnings are silenced for the process, because `warnings.catch_warnings` is not safe among
 threads, and a user's `-W error` would make them errors of images.
@@ -41,9 +38,9 @@ from imagemill.pipeline.decoding.misread import (
     variant,
     without_extra_channels,
 )
-from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, judge, one_line
+from imagemill.pipeline.decoding.refusals import Seen, check_budget, judge, one_line
 from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
-from imagemill.records import Limits, Recipe, Status
+from imagemill.records import BadImage, Limits, Recipe, Status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +60,7 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
     """
     data = first_page(data)
     is_png = data.startswith(png.MAGIC)
-    file, orientation, cut = png.strip(data, recipe.exif) if is_png else (data, 1, None)
+    file, orientation, damage = png.strip(data, recipe.exif) if is_png else (data, 1, None)
     image = png.read_small(file, limits.max_pixels) if is_png else None
     image = image or _open(file, limits, seen)
     try:
@@ -76,14 +73,12 @@ def decode(data: bytes, recipe: Recipe, limits: Limits, out: NDArray[np.uint8], 
         if image.format == "HEIF":
             check_budget(*_coded_size(data), limits)
         area = image.width * image.height
-        if is_png:
-            png.check_sums(data)
-            if cut is not None:
-                raise cut
+        if damage is not None:
+            raise damage
         is_grey_pcx = image.format == "PCX" and image.mode == "L"
         if is_grey_pcx and data[-769:-768] != b"\x0c" and data[68] != 2:
             # Pillow takes it for grey.
-            raise Refusal(
+            raise BadImage(
                 Status.TRUNCATED, "truncated PCX file: it ends before its palette of 256 colours"
             )
         if image.format == "JXL" and image.mode == "LA" and len(vars(image)["_data"]) > 2 * area:
@@ -181,17 +176,17 @@ def _register(name: str) -> bool:
 
 def _why_not(
     data: bytes, expected: str | None, reason: Exception | None, limits: Limits, seen: Seen
-) -> Refusal:
+) -> BadImage:
     if expected is None:
         if (name := guess(data)) is not None:
             return _refused(name)
-        return Refusal(
+        return BadImage(
             Status.NOT_AN_IMAGE, f"not a known image format (first bytes: {data[:16]!r})"
         )
     if expected in PLUGINS:
         _, _, extra = PLUGINS[expected]
         if expected not in _registered:
-            return Refusal(
+            return BadImage(
                 Status.UNSUPPORTED,
                 f"{expected} needs a package that is not installed: pip install"
                 f" 'imagemill[{extra}]'",
@@ -199,13 +194,13 @@ def _why_not(
     elif expected not in FORMATS:
         return _refused(expected)
     elif reason is None:
-        return Refusal(
+        return BadImage(
             Status.UNSUPPORTED,
             f"the installed Pillow cannot decode {expected}: pip install --upgrade pillow",
         )
     if expected == "JPEG" and (jpeg := read_header(data)) is not None and not jpeg.ordinary:
         check_budget(jpeg.width, jpeg.height, limits)
-        return Refusal(
+        return BadImage(
             Status.UNSUPPORTED,
             f"this JPEG has {jpeg.bits} bits and {counted(jpeg.layers, 'layer')}, frame type"
             f" SOF{jpeg.frame - 0xC0}",
@@ -214,7 +209,7 @@ def _why_not(
         seen.width, seen.height = size
         check_budget(*size, limits)
         if max(size) > 2**15 or size[0] * size[1] > 2**28:
-            return Refusal(
+            return BadImage(
                 Status.UNSUPPORTED,
                 f"{size[0]}×{size[1]}: the AVIF decoder reads at most 32768 a side and 2^28 pixels",
             )
@@ -225,15 +220,15 @@ def _why_not(
     if expected == "ICNS" and "No 32bit icon resources" in str(error):
         return _refused("ICNS without an icon in 24-bit colour")
     status = judge(error, data)
-    return Refusal(
+    return BadImage(
         status,
         f"{'unsupported' if status is Status.UNSUPPORTED else 'broken'} {expected} header:"
         f" {one_line(error)}",
     )
 
 
-def _refused(name: str) -> Refusal:
-    return Refusal(Status.UNSUPPORTED, f"{name} is not supported: convert it to PNG or JPEG")
+def _refused(name: str) -> BadImage:
+    return BadImage(Status.UNSUPPORTED, f"{name} is not supported: convert it to PNG or JPEG")
 
 
 # How it becomes RGB
@@ -291,7 +286,7 @@ def _is_opaque(image: Image.Image, box: tuple[int, int, int, int], file: bytes) 
     """Compare the pixels of a PNG with its transparent colour, at the bit depth of the file: Pillow
     compares with 8-bit pixels.
     """
-    bits = png.bit_depth(file)
+    bits = file[24]
     key = np.atleast_1d(image.info["transparency"]) & ((1 << bits) - 1)
     pixels = np.asarray(image.crop(box))
     if bits < 8:

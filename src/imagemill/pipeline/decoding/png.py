@@ -16,8 +16,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from imagemill.pipeline.decoding.jpeg import find_orientation
-from imagemill.pipeline.decoding.refusals import Refusal
-from imagemill.records import Status
+from imagemill.records import BadImage, Status
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_INFLATED = 1 << 20
@@ -47,33 +46,36 @@ class Stripped(NamedTuple):
     data: bytes
     """The very object that was given, if it has no metadata."""
     orientation: int
-    cut: Refusal | None
-    """Set if the file ends within its metadata, after the pixels."""
+    damage: BadImage | None
+    """What Pillow does not find: a wrong checksum of pixels, or an end within the metadata behind
+    them.
+    """
 
 
 def strip(data: bytes, want_orientation: bool) -> Stripped:
-    """Drop the metadata and read the EXIF orientation. Damage to critical chunks is left for the
-    decoder to find.
+    """Drop the metadata, read the EXIF orientation, and check the checksums of the pixels. Other
+    damage to critical chunks is left for the decoder to find.
     """
     kept: list[memoryview] = []
     view, copied = memoryview(data), 0
     metadata: dict[bytes, bytes] = {}
-    pixels_at = end = cut = None
+    pixels_at = end = next_frame = damage = None
     for kind, start, after in _chunks(data):
         if pixels_at is not None and kind != b"IDAT":
             end = end or start  # Pillow reads no pixels after the first run of IDAT
-            if kind == b"fcTL":  # the next frame of an animation
-                break
+            if kind == b"fcTL":  # of an animation
+                next_frame = start
         if kind == b"IDAT":
             pixels_at = pixels_at or start
-        if not kind[0] & _ANCILLARY:
+            if damage is None and after <= len(data) and not _has_right_sum(view, start, after):
+                text = f"broken PNG file: wrong checksum of the IDAT chunk at byte {start}"
+                damage = BadImage(Status.CORRUPT, text)
+        if next_frame is not None or not kind[0] & _ANCILLARY:
             continue
         if after > len(data):
             if end is not None and after - 4 > len(data):
-                cut = Refusal(
-                    Status.TRUNCATED,
-                    f"truncated PNG file: it ends within the {kind.decode()} chunk at byte {start}",
-                )
+                text = f"it ends within the {kind.decode()} chunk at byte {start}"
+                damage = damage or BadImage(Status.TRUNCATED, f"truncated PNG file: {text}")
             break  # if the pixels are missing, Pillow says so
         is_sound = _has_right_sum(view, start, after)
         if is_sound and want_orientation:
@@ -85,7 +87,7 @@ def strip(data: bytes, want_orientation: bool) -> Stripped:
         kept += [view[copied:end], memoryview(b"\0\0\0\0IEND\xaeB`\x82")]
     elif kept:
         kept.append(view[copied:])
-    return Stripped(b"".join(kept) if kept else data, _orientation(metadata), cut)
+    return Stripped(b"".join(kept) if kept else data, _orientation(metadata), damage)
 
 
 def read_small(data: bytes, max_pixels: int) -> Image.Image | None:
@@ -120,29 +122,6 @@ def read_small(data: bytes, max_pixels: int) -> Image.Image | None:
         return Image.frombytes(mode, (width, height), b"".join(pixels), "zip", mode, 0)
     except ValueError:  # damaged
         return None
-
-
-def check_sums(data: bytes) -> None:
-    """Check what Pillow does not: the checksums of the pixels. A file that ends before them is left
-    to Pillow.
-
-    Raises:
-        Refusal: a checksum is wrong.
-    """
-    view = memoryview(data)
-    for kind, start, after in _chunks(data):
-        if after > len(data):
-            return
-        if kind == b"IDAT" and not _has_right_sum(view, start, after):
-            raise Refusal(
-                Status.CORRUPT,
-                f"broken PNG file: wrong checksum of the IDAT chunk at byte {start}",
-            )
-
-
-def bit_depth(data: bytes) -> int:
-    """Return the bits per sample of a PNG that Pillow has opened."""
-    return data[24]
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:

@@ -5,11 +5,9 @@ into a box, and then cut the centre out. Here the crop is found first, and only 
 resampled, with the same filter, scale and position. So the rest is never computed: an image of
 1×4000 does not become one of 256×1024000.
 
-If `_resample.c` was built, the pixels are those of the published way, bit for bit, in about a sixth
-of the time (benchmarks/decode.py). Else Pillow resamples the crop, and few values differ, by a
-level or two at most, because its `box` is in single precision. cykooz-resizer, the same filters in
-SIMD code, is off by one level in 18 % of the values. On 328 photographs (2026-11-22) that flips the
-top-1 of EfficientNet-Lite0 in 3 (bicubic) or 7 (bilinear); this flips none.
+If `_resample.c` was built, the pixels are those of the published way, bit for bit. Else Pillow
+resamples the crop, and few values differ, by a level or two at most, because its `box` is in single
+precision (docs/design.md).
 """
 
 from __future__ import annotations
@@ -22,13 +20,8 @@ import numpy as np
 from msgspec import Struct
 from PIL import Image
 
-from imagemill.pipeline.decoding.refusals import Refusal
-from imagemill.records import Centre, Interpolation, Status
-
-try:
-    from imagemill.pipeline.decoding._resample import resample_part
-except ImportError:  # no compiler where it was installed, or an older build
-    resample_part = None  # type: ignore[assignment]
+from imagemill.pipeline.decoding import resample_part
+from imagemill.records import BadImage, Centre, Interpolation, Status
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -187,11 +180,8 @@ def shrink(width: int, height: int, recipe: Recipe) -> int:
     """
     if recipe.resize is None or recipe.interpolation is Interpolation.NEAREST:
         return 1
-    if isinstance(recipe.resize, int):
-        times = min(width, height) // recipe.resize
-    else:
-        to_width, to_height = resized(width, height, recipe)
-        times = min(width // to_width, height // to_height)
+    to_width, to_height = resized(width, height, recipe)
+    times = min(width // to_width, height // to_height)
     return next((factor for factor in (8, 4, 2) if times >= factor * 2), 1)
 
 
@@ -252,7 +242,7 @@ def resample(
         scale: by how much the image was scaled down when it was decoded.
 
     Raises:
-        Refusal: the whole image would be longer than Pillow's largest one.
+        BadImage: the whole image would be longer than Pillow's largest one.
     """
     x, y = crop.x, crop.y
     if (x.count, y.count) != (recipe.width, recipe.height):
@@ -264,12 +254,25 @@ def resample(
     elif recipe.interpolation is Interpolation.NEAREST:
         out[:] = pixels[np.ix_(_nearest(y) - top, _nearest(x) - left)]
     elif (longest := max(x.resized, y.resized)) > _MAX_RESIZED:
-        raise Refusal(Status.UNSUPPORTED, f"it would be resized to {longest:,} pixels")
+        raise BadImage(Status.UNSUPPORTED, f"it would be resized to {longest:,} pixels")
     elif NATIVE and max(x.length, y.length) < _MAX_NATIVE:
-        _resample_native(pixels, crop, recipe, out, left, top, scale)
+        if pixels.strides[1:] != (3, 1):  # turned
+            pixels = np.ascontiguousarray(pixels)
+        goal = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
+        across = (x.length / scale, x.resized, x.skipped, left)
+        down = (y.length / scale, y.resized, y.skipped, top)
+        resample_part(pixels, across, down, recipe.interpolation, _down_first(crop), goal)
+        if goal is not out:
+            out[:] = goal
     else:
-        image = Image.fromarray(pixels)
-        out[:] = np.asarray(_resize(image, crop, recipe, _box(crop, *image.size, left, top, scale)))
+        height, width = pixels.shape[:2]
+        box = (
+            max(0.0, x.start / scale - left),
+            max(0.0, y.start / scale - top),
+            min(float(width), x.stop / scale - left),
+            min(float(height), y.stop / scale - top),
+        )
+        out[:] = np.asarray(_resize(Image.fromarray(pixels), crop, recipe, box))
 
 
 @functools.cache
@@ -313,40 +316,6 @@ def _nearest(span: Span) -> NDArray[np.intp]:
     steps = np.full(first + span.count, step)
     steps[0] = step / 2
     return np.add.accumulate(steps)[first:].astype(np.intp)
-
-
-def _box(
-    crop: Crop, width: int, height: int, left: int, top: int, scale: int
-) -> tuple[float, float, float, float]:
-    """Return where the crop is in an image of this size that begins at (left, top)."""
-    return (
-        max(0.0, crop.x.start / scale - left),
-        max(0.0, crop.y.start / scale - top),
-        min(float(width), crop.x.stop / scale - left),
-        min(float(height), crop.y.stop / scale - top),
-    )
-
-
-def _resample_native(
-    pixels: NDArray[np.uint8],
-    crop: Crop,
-    recipe: Recipe,
-    out: NDArray[np.uint8],
-    left: int,
-    top: int,
-    scale: int,
-) -> None:
-    """Resample the crop into all of `out` with `_resample.c`: Pillow's values for the whole image,
-    bit for bit.
-    """
-    if pixels.strides[1:] != (3, 1):  # turned
-        pixels = np.ascontiguousarray(pixels)
-    goal = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
-    x = (crop.x.length / scale, crop.x.resized, crop.x.skipped, left)
-    y = (crop.y.length / scale, crop.y.resized, crop.y.skipped, top)
-    resample_part(pixels, x, y, recipe.interpolation, _down_first(crop), goal)
-    if goal is not out:
-        out[:] = goal
 
 
 def turned_size(width: int, height: int, orientation: int) -> tuple[int, int]:

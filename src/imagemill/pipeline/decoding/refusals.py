@@ -8,7 +8,7 @@ import struct
 from msgspec import Struct
 from PIL import Image
 
-from imagemill.records import Limits, Status
+from imagemill.records import BadImage, Limits, Status
 
 _TOO_LARGE = (
     "Decompressed data too large",
@@ -43,23 +43,12 @@ class Seen(Struct):
     height: int | None = None
 
 
-class Refusal(Exception):  # noqa: N818 - not an error of the program but a status
-    """An image that is not decoded, and why."""
-
-    def __init__(self, status: Status, error: str) -> None:
-        super().__init__(status, error)
-        self.status = status
-        self.error = error
-
-
 def check_budget(width: int, height: int, limits: Limits) -> None:
-    """Raises: Refusal, where an image has more pixels than `limits.max_pixels`."""
+    """Raises: BadImage, where an image has more pixels than `limits.max_pixels`."""
     if width * height > limits.max_pixels:
-        raise Refusal(
-            Status.TOO_LARGE,
-            f"{width}×{height} are {width * height} pixels, more than the budget of"
-            f" {limits.max_pixels} pixels per image",
-        )
+        text = f"{width}×{height} are {width * height} pixels, more than the budget of"
+        text += f" {limits.max_pixels} pixels per image"
+        raise BadImage(Status.TOO_LARGE, text, width, height)
 
 
 def judge(error: BaseException, data: bytes) -> Status:

@@ -1,10 +1,5 @@
-"""Map samples of more than 8 bits, signed samples and floats to 8 bits.
-
-- Unsigned samples of 9 to 16 bits keep their high 8 bits.
-- Wider and signed integers and floats are mapped by the extremes of the image.
-  Floats within 0 to 1 are multiplied by 255, floats within 0 to 255 are rounded.
-  Integers within 0 to 255 stay, integers within 0 to 65535 keep their high byte.
-  Everything else is stretched between its extremes. NaN becomes the lowest value.
+"""Map samples of more than 8 bits, signed samples and floats to 8 bits, as docs/formats.md says.
+NaN becomes the lowest value.
 """
 
 from __future__ import annotations

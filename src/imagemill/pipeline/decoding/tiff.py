@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from imagemill.pipeline.decoding import preprocess
-from imagemill.pipeline.decoding.refusals import Refusal, Seen, check_budget, one_line
+from imagemill.pipeline.decoding.refusals import Seen, check_budget, one_line
 from imagemill.pipeline.decoding.scaling import extremes, to_8_bits
 from imagemill.pipeline.decoding.tiff_layout import (
     BYTE_CODECS,
@@ -34,7 +34,7 @@ from imagemill.pipeline.decoding.tiff_layout import (
     broken,
     truncated,
 )
-from imagemill.records import Limits, Status
+from imagemill.records import BadImage, Limits, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -126,7 +126,7 @@ def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
     """Return the first image of a TIFF, loaded and turned as its orientation says, in a mode with 8
     bits per channel.
 
-    Raises: Refusal, and whatever Pillow raises for a damaged file.
+    Raises: BadImage, and whatever Pillow raises for a damaged file.
     """
     tags = Tags.first(data)
     width, height = tags.one(256), tags.one(257)
@@ -145,10 +145,10 @@ def read(data: bytes, limits: Limits, seen: Seen) -> Image.Image:
             return image
         _refuse_unsupported(layout)
         image = _read_samples(data, layout, limits)
-    except (Refusal, MemoryError):
+    except (BadImage, MemoryError):
         raise
     except Exception as error:
-        if layout.first_missing(len(data)) is not None:
+        if layout.is_cut(len(data)):
             raise truncated(one_line(error)) from error
         raise
     turn = preprocess.TURNS.get(tags.one(274, 1))
@@ -176,10 +176,10 @@ def _refuse_camera_raw(tags: Tags) -> None:
             offset = waiting.pop(0)
             try:
                 directory = Tags.at(tags.data, tags.order, tags.big, offset)
-            except Refusal:  # a later image that is cut off says nothing about the first
+            except BadImage:  # a later image that is cut off says nothing about the first
                 done += 1
     if maker is not None:
-        raise Refusal(
+        raise BadImage(
             Status.UNSUPPORTED,
             f"camera raw file ({maker}): raw files are not decoded, export them as JPEG or TIFF",
         )
@@ -194,7 +194,7 @@ def _check_segments(layout: Layout) -> None:
     if len(layout.offsets) < needed and not jpeg:
         raise truncated(f"{len(layout.offsets)} {name} where the size needs {needed}")
     if 0 in layout.offsets[:needed] or 0 in layout.counts[:needed]:
-        raise Refusal(Status.UNSUPPORTED, f"sparse TIFF: some of its {name} are not stored")
+        raise BadImage(Status.UNSUPPORTED, f"sparse TIFF: some of its {name} are not stored")
 
 
 def _pillow_is_right(layout: Layout) -> bool:
@@ -293,7 +293,7 @@ def _refuse_unsupported(layout: Layout) -> None:
     ):
         reason = f"predictor {layout.predictor} and {sample} samples"
     if reason is not None:
-        raise Refusal(Status.UNSUPPORTED, f"TIFF with {reason} is not supported")
+        raise BadImage(Status.UNSUPPORTED, f"TIFF with {reason} is not supported")
     if layout.samples < layout.channels:
         raise broken(f"{layout.samples} samples per pixel for {photometric}")
 
@@ -307,7 +307,7 @@ def _read_samples(data: bytes, layout: Layout, limits: Limits) -> Image.Image:
     pixels_decoded = max(layout.width * layout.height, layout.segment_width * layout.segment_height)
     needed = pixels_decoded * max(1, layout.samples * layout.bits[0] // 8)
     if needed > _BYTES_PER_PIXEL * limits.max_pixels:
-        raise Refusal(
+        raise BadImage(
             Status.TOO_LARGE,
             f"{layout.width}×{layout.height} pixels of {layout.samples} {layout.bits[0]}-bit"
             f" samples are {needed} bytes, more than the budget of {_BYTES_PER_PIXEL} bytes for"
@@ -479,7 +479,7 @@ def _samples(rows: NDArray[np.uint8], layout: Layout) -> NDArray[Any]:
         size = bits // 8
         whole = (
             np.ascontiguousarray(rows)
-            .view(f"{layout.order}u{size}")
+            .view(f"{layout.tags.order}u{size}")
             .reshape(shape)
             .astype(f"u{size}", copy=False)
         )

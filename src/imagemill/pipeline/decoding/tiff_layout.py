@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
+from itertools import chain, repeat
 
 from msgspec import Struct
 
-from imagemill.pipeline.decoding.refusals import Refusal
-from imagemill.records import Status
+from imagemill.records import BadImage, Status
 
 _MAX_VALUES = 1 << 22
 """Strips or tiles of an image: a Python number takes 36 bytes."""
@@ -28,14 +28,14 @@ _USED |= {529, 530, 532, 32997, 50706}
 """The tags that are looked at; others may be large."""
 
 
-def truncated(why: str) -> Refusal:
+def truncated(why: str) -> BadImage:
     """Return the refusal of a file that ends too early."""
-    return Refusal(Status.TRUNCATED, f"truncated TIFF file: {why}")
+    return BadImage(Status.TRUNCATED, f"truncated TIFF file: {why}")
 
 
-def broken(why: str) -> Refusal:
+def broken(why: str) -> BadImage:
     """Return the refusal of a file whose tags make no sense."""
-    return Refusal(Status.CORRUPT, f"broken TIFF header: {why}")
+    return BadImage(Status.CORRUPT, f"broken TIFF header: {why}")
 
 
 class Tags(Struct, frozen=True):
@@ -50,7 +50,7 @@ class Tags(Struct, frozen=True):
 
     @classmethod
     def first(cls, data: bytes) -> Tags:
-        """Return the tags of a file's first image. Raises: Refusal."""
+        """Return the tags of a file's first image. Raises: BadImage."""
         order = "<" if data[:1] == b"I" else ">"
         big = 43 in data[2:4]
         if len(data) < (16 if big else 8):
@@ -60,7 +60,7 @@ class Tags(Struct, frozen=True):
 
     @classmethod
     def at(cls, data: bytes, order: str, big: bool, offset: int) -> Tags:
-        """Return the tags of the directory at an offset; `big`: of a BigTIFF. Raises: Refusal."""
+        """Return the tags of the directory at an offset; `big`: of a BigTIFF. Raises: BadImage."""
         count_format, entry, offset_format = (
             order + letters for letters in (("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I"))
         )
@@ -82,7 +82,7 @@ class Tags(Struct, frozen=True):
             if not length:
                 continue
             if length > _MAX_VALUES:
-                raise Refusal(
+                raise BadImage(
                     Status.TOO_LARGE, f"TIFF tag {tag} has {length} values, more than {_MAX_VALUES}"
                 )
             source, begin = (field, 0) if size <= len(field) else (data, at)
@@ -107,7 +107,6 @@ class Tags(Struct, frozen=True):
 class Layout(Struct, frozen=True):
     """How the samples of a TIFF are stored."""
 
-    order: str
     width: int
     height: int
     bits: tuple[int, ...]
@@ -128,12 +127,12 @@ class Layout(Struct, frozen=True):
 
     @classmethod
     def of(cls, tags: Tags) -> Layout:
-        """Return the layout of an image. Raises: Refusal."""
+        """Return the layout of an image. Raises: BadImage."""
         width, height = tags.one(256), tags.one(257)
         compression, photometric = tags.one(259, 1), tags.one(262, 0)
         if 262 not in tags.values and compression not in FAX:
             # Black and white would be a guess.
-            raise Refusal(
+            raise BadImage(
                 Status.UNSUPPORTED, "TIFF without a photometric interpretation is not supported"
             )
         samples = tags.one(277, 3 if compression == 6 and photometric in {2, 6} else 1)
@@ -147,7 +146,6 @@ class Layout(Struct, frozen=True):
         tiled = 324 in tags.values or 322 in tags.values
         rows = tags.one(278, height)
         return cls(
-            order=tags.order,
             width=width,
             height=height,
             bits=tags.values.get(258, (1,))[:samples],
@@ -197,12 +195,7 @@ class Layout(Struct, frozen=True):
         """Bytes of a row of a strip or tile."""
         return -(-self.segment_width * (1 if self.planar else self.samples) * self.bits[0] // 8)
 
-    def first_missing(self, size: int) -> int | None:
-        """Return the first strip or tile that reaches beyond the end of a file; None if they are
-        all there.
-        """
-        for index, offset in enumerate(self.offsets):
-            count = self.counts[index] if index < len(self.counts) else 1
-            if offset + count > size:
-                return index
-        return None
+    def is_cut(self, size: int) -> bool:
+        """Return whether a strip or tile reaches beyond the end of a file."""
+        spans = zip(self.offsets, chain(self.counts, repeat(1)), strict=False)
+        return any(offset + count > size for offset, count in spans)
