@@ -15,7 +15,7 @@ import pyarrow.csv as pv
 from msgspec import Struct
 
 from imagemill.errors import ImagemillError, SourceError, UsageError
-from imagemill.pipeline.sources import arrow_types, locations, parquet
+from imagemill.pipeline.sources import locations, parquet
 from imagemill.pipeline.sources.table import SEPARATORS
 from imagemill.records import AS_GIVEN, Access
 
@@ -120,7 +120,7 @@ class Table(Struct, frozen=True):
         """Return values as strings: whole numbers without a decimal point, numbers with names by
         their names, and lists as lists of strings.
         """
-        array = arrow_types.plain_array(array)
+        array = parquet.plain_array(array)
         kind = array.type
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             texts = self._texts(array.flatten(), start, names, any_bytes=any_bytes)
@@ -136,9 +136,9 @@ class Table(Struct, frozen=True):
         try:
             return array.cast(pa.string())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            if not arrow_types.is_bytes(kind):
+            if not parquet.is_bytes(kind):
                 raise SourceError(
-                    f"{self.name}: a column of {arrow_types.format_type(kind)} holds no labels or"
+                    f"{self.name}: a column of {parquet.format_type(kind)} holds no labels or"
                     " paths."
                 ) from error
         if any_bytes:

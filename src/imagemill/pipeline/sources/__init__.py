@@ -118,8 +118,6 @@ def _place(location: str) -> str:
 
 def relocated(source: str, access: Access) -> str:
     """Return a source argument, as `resolve` spells it, where it is now."""
-    if not access.moved:
-        return source
     at = "@" if source.startswith("@") else ""
     location, column = split_column(source.removeprefix("@"))
     end = f"#{column}" if column is not None else ""

@@ -1,4 +1,4 @@
-"""What archives share: which members are planned, and blobs that open at their first read."""
+"""What archives share: blobs that open at their first read."""
 
 from __future__ import annotations
 
@@ -10,33 +10,11 @@ from typing import ClassVar
 
 from imagemill.errors import SourceError
 from imagemill.pipeline.sources import objects
-from imagemill.pipeline.sources.base import Skipped, is_hidden, matcher, wanted_suffix
 from imagemill.pipeline.sources.files import retried
-from imagemill.records import Filters
 from imagemill.system import storage
 
 GET_IT_AGAIN = "Get it again, or unpack what is whole of it and give the folder."
 _KEPT_OPEN = 4
-
-
-def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
-    """Return a function that tells by its path whether a member of an archive or a store is
-    planned, and counts the others.
-    """
-    wanted = matcher(filters)
-
-    def chosen(path: bytes) -> bool:
-        if is_hidden(path):
-            skipped.hidden += 1
-        elif (suffix := wanted_suffix(path, filters)) is not None:
-            skipped.add_suffix(suffix)
-        elif not wanted(path):
-            skipped.by_filter += 1
-        else:
-            return True
-        return False
-
-    return chosen
 
 
 class LazyBlob:

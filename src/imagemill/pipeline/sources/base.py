@@ -134,22 +134,9 @@ class Source(Protocol):
         ...
 
 
-def wanted_suffix(name: bytes, filters: Filters) -> str | None:
-    """The suffix of a member that is no image, for `Skipped.by_suffix`; None: it is one, or all
-    files are wanted.
-    """
-    suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
-    return None if suffix in IMAGE_SUFFIXES or filters.all_files else suffix
-
-
-_is_dotted = re.compile(rb"\.(?!\.?(?:\\|\Z))").match
-
-
-def is_hidden(path: bytes) -> bool:
-    """Whether a member of an archive or store, or one of the folders above it, is hidden: its name
-    begins with a dot, and is not `.` or `..`, which some tools write before a backslash.
-    """
-    return any(map(_is_dotted, path.split(b"/")))
+def suffix_of(name: bytes) -> str:
+    """Return the suffix of a file, as `IMAGE_SUFFIXES` and `Skipped` have it."""
+    return os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
 
 
 def shown(name: bytes) -> str:
@@ -196,3 +183,27 @@ def matcher(filters: Filters) -> Callable[[bytes], bool]:
         return path.endswith(b"/") or not include or matches(include, text)
 
     return wanted
+
+
+_is_dotted = re.compile(rb"\.(?!\.?(?:\\|\Z))").match
+"""Some tools write `.` or `..` before a backslash: these hide nothing."""
+
+
+def chooser(filters: Filters, skipped: Skipped) -> Callable[[bytes], bool]:
+    """Return a function that tells by its path whether a member of an archive or a store is
+    planned, and counts the others. A dot at the start of a name hides it and all below it.
+    """
+    wanted = matcher(filters)
+
+    def chosen(path: bytes) -> bool:
+        if any(map(_is_dotted, path.split(b"/"))):
+            skipped.hidden += 1
+        elif (suffix := suffix_of(path)) not in IMAGE_SUFFIXES and not filters.all_files:
+            skipped.add_suffix(suffix)
+        elif not wanted(path):
+            skipped.by_filter += 1
+        else:
+            return True
+        return False
+
+    return chosen

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, matcher, shown
+from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, matcher, shown, suffix_of
 from imagemill.pipeline.sources.files import read_file
 from imagemill.records import Entry, Filters
 from imagemill.system.files import output_errors
@@ -106,7 +106,7 @@ class FolderSource:
             if name.startswith(b"."):
                 skipped.hidden += 1
                 continue
-            suffix = os.path.splitext(name)[1].lower().decode("utf-8", "backslashreplace")  # noqa: PTH122
+            suffix = suffix_of(name)
             found: os.stat_result | None = None
             try:
                 found = os.stat(self._prefix + path)  # noqa: PTH116

@@ -1,13 +1,8 @@
 """Random access to a gzip file, by an index of places where decompression can start.
 
-The index is made once, while the archive is listed. It is indexed_gzip's: about 32 KiB for each
-place, and a place every 1 to 16 MiB of decompressed bytes, depending on the size of the file. So
-the index of a file of up to 4 GiB has at most about 10 MiB. It is kept beside the plan, with a
-checksum, for the processes that fetch. If it is missing or damaged, they make it again as far as
-they need it.
-
-indexed_gzip ignores broken and missing ends of a file. So the standard library reads the file to
-list it, and each fetch compares the checksum of the image with the one found then.
+indexed_gzip makes the index while the archive is listed; docs/sources.md says where it is kept. But
+it ignores broken and missing ends of a file. So the standard library reads the file to list it, and
+each fetch compares the checksum of the image with the one found then.
 """
 
 from __future__ import annotations

@@ -188,13 +188,9 @@ class Keeper:
 def _as_utf8(text: str) -> str:
     """Return a text that UTF-8 can hold. Bytes that are not UTF-8 become `\\xNN`."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        try:
-            return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        except UnicodeEncodeError:  # half a pair of surrogates, escaped in JSON
-            return text.encode("utf-8", "backslashreplace").decode()
-    return text
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a pair of surrogates, escaped in JSON
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 NOTHING: Final = Keeper()

@@ -9,8 +9,7 @@ import os
 from collections.abc import Iterator
 
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources.archive import chooser
-from imagemill.pipeline.sources.base import Skipped
+from imagemill.pipeline.sources.base import Skipped, chooser
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system import storage
 from imagemill.system.retry import RetryPolicy

@@ -6,13 +6,8 @@ path is its number and, after a slash, its name in the table: `00000017/cat.jpg`
 row group, row, and the checksum of the footer it was listed from, so that no image of another table
 is read under these names.
 
-Within a row group Parquet can only be read forward. So a row group is read in batches of about 4
-MiB, and the last batches are kept for threads that are behind. A worker that starts in the middle,
-after a restart or with a stolen shard, decodes the rows before: at most one row group once, 0.6 s
-for 1 GB (`iter_batches`, 10,000 images of 100 KB, Snappy, 2026-11-22). Memory holds, for at most
-two row groups of at most two tables, a page, its dictionary and 32 MiB of images; the writer of the
-file chose the size of a page. Over a network, reaching the middle of a large row group may take
-longer than --max-seconds. Then raise that limit, or write smaller row groups.
+Within a row group Parquet can only be read forward, in batches, and the last batches are kept for
+threads that are behind. docs/sources.md says what that costs.
 """
 
 from __future__ import annotations
@@ -41,20 +36,10 @@ from msgspec import Struct
 
 from imagemill.errors import SourceError, counted
 from imagemill.pipeline.sources import locations
-from imagemill.pipeline.sources.arrow_types import (
-    format_type,
-    has_bytes,
-    is_bytes,
-    is_text,
-    kept_columns,
-    plain_array,
-    plain_type,
-    plain_values,
-)
 from imagemill.pipeline.sources.base import Skipped, matcher, shown, too_large
 from imagemill.pipeline.sources.files import retried
 from imagemill.pipeline.sources.kept import NOTHING, Keeper
-from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, Status
+from imagemill.records import AS_GIVEN, Access, BadImage, Entry, Filters, KeptType, Status
 from imagemill.system import storage
 
 _KNOWN_NAMES = (
@@ -226,6 +211,108 @@ def _noted_as_images(schema: Any) -> list[str]:
         return []
 
 
+# ── types of columns ──────────────────────────────────────────────────────────────────────────────
+
+
+def plain_type(kind: Any) -> Any:
+    """Return a column's type without its dictionary or extension."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain_type(kind.storage_type)
+    return plain_type(kind.value_type) if pa.types.is_dictionary(kind) else kind
+
+
+def is_text(kind: Any) -> bool:
+    """Return whether a type is text, of whatever width."""
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def is_bytes(kind: Any) -> bool:
+    """Return whether a type is bytes, of whatever width."""
+    tests = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
+    return any(test(kind) for test in tests)
+
+
+def has_bytes(kind: Any) -> bool:
+    """Return whether a type can hold images: bytes, or a struct with such a field `bytes`."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return is_bytes(plain_type(kind.field("bytes").type))
+    return is_bytes(kind)
+
+
+def format_type(kind: Any) -> str:
+    """Return a type's name for messages."""
+    if pa.types.is_struct(kind):
+        return f"struct of {', '.join(field.name for field in kind)}"
+    return str(kind)
+
+
+def kept_columns(schema: Any, name: str, keeper: Keeper) -> dict[str, Any]:
+    """Return the kept columns of a table with the Arrow types that their values are cast to.
+
+    Whole numbers become int64, floats double, and what has a text form but no such type, such as
+    timestamps and decimals, text.
+
+    Raises:
+        SourceError: a column holds bytes or is nested, or has another type in another source.
+    """
+    found = {}
+    for column in keeper.add_columns(f"source {name}", schema.names):
+        kind = plain_type(schema.field(column).type)
+        if is_bytes(kind) or not _has_text_form(kind):
+            raise SourceError(
+                f"--keep {column}: source {name} holds {format_type(kind)} there. Only text,"
+                " numbers and booleans can be kept."
+            )
+        found[column] = pa.string()
+        if pa.types.is_null(kind):
+            continue
+        kept = KeptType.TEXT
+        if pa.types.is_boolean(kind):
+            kept = KeptType.BOOLEAN
+        elif pa.types.is_integer(kind) and kind != pa.uint64():
+            kept = KeptType.WHOLE
+        elif pa.types.is_floating(kind):
+            kept = KeptType.FLOAT
+        keeper.add_type(f"source {name}", column, kept)
+        found[column] = pa.type_for_alias(kept.value)
+    return found
+
+
+def _has_text_form(kind: Any) -> bool:
+    """Return whether Arrow can write the values of a type as text, which lists cannot be."""
+    try:
+        pa.array([], kind).cast(pa.string())
+    except pa.ArrowException:
+        return False
+    return True
+
+
+def plain_values(array: Any, goal: Any) -> list[Any]:
+    """Return the values of a column as one of the types of `kept_columns`."""
+    array = plain_array(array)
+    if pa.types.is_string(goal) and is_text(array.type):
+        texts = array.cast(pa.large_binary()).to_pylist()  # perhaps not UTF-8
+        return [
+            None if text is None else text.decode("utf-8", "backslashreplace") for text in texts
+        ]
+    found: list[Any] = array.cast(goal).to_pylist()
+    return found
+
+
+def plain_array(array: Any) -> Any:
+    """Return a column without its dictionary or extension."""
+    if isinstance(array.type, pa.BaseExtensionType):
+        return plain_array(array.storage)
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
 # ── an open table ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -236,9 +323,8 @@ class OpenTable:
 
     def __init__(self, location: bytes) -> None:
         if storage.is_url(location):
-            with _patient():
-                blob = storage.open_blob(location)
-            self._bytes: Any = pa.PythonFile(_BlobReader(blob), mode="r")
+            blob = storage.BlobFile(storage.open_blob(location))
+            self._bytes: Any = pa.PythonFile(blob, mode="r")
         else:
             if not stat.S_ISREG(os.stat(location).st_mode):  # noqa: PTH116 - bytes; a FIFO would be waited for
                 raise OSError(errno.EINVAL, "is not a regular file")
@@ -266,13 +352,25 @@ class OpenTable:
         self._bytes.seek(size - 8 - length)
         return zlib.crc32(self._bytes.read(length))
 
+    def _record_batches(self, group: int, columns: list[str], rows: int) -> Iterator[Any]:
+        """Yield the rows of one row group, as many as the footer says, `rows` at a time. Raises:
+        OSError, ArrowException.
+        """
+        left = self.file.metadata.row_group(group).num_rows
+        for batch in self.file.iter_batches(
+            batch_size=rows, row_groups=[group], columns=columns, use_threads=False
+        ):
+            yield batch
+            left -= batch.num_rows
+        if left:
+            values = counted(left, "value")
+            raise pa.ArrowInvalid(f"row group {group} lacks {values} of {', '.join(columns)}")
+
     def batches(self, group: int, column: str, rows: int) -> Iterator[Any]:
         """One column of one row group, `rows` at a time, as arrays of bytes without struct,
         dictionary or extension.
         """
-        for batch in self.file.iter_batches(
-            batch_size=rows, row_groups=[group], columns=[column], use_threads=False
-        ):
+        for batch in self._record_batches(group, [column], rows):
             # `a` also brings a column `a.b`.
             is_whole = column in batch.schema.names
             array = batch.column(column if is_whole else column.rpartition(".")[0])
@@ -283,17 +381,9 @@ class OpenTable:
             yield array if is_bytes(array.type) else array.cast(pa.large_binary())
 
     def values(self, group: int, column: str) -> Iterator[bytes | None]:
-        """The values of one column of one row group, as many as the footer says. Raises: OSError,
-        ArrowException.
-        """
-        left = self.file.metadata.row_group(group).num_rows
+        """The values of one column of one row group. Raises: OSError, ArrowException."""
         for array in self.batches(group, column, _LISTED_ROWS):
             yield from array.to_pylist()
-            left -= len(array)
-        if left:
-            raise pa.ArrowInvalid(
-                f"row group {group} lacks {counted(left, 'value')} of column {column}"
-            )
 
     def kept(
         self, group: int, columns: dict[str, Any], name: str, keeper: Keeper
@@ -309,49 +399,13 @@ class OpenTable:
         Raises:
             OSError, ArrowException. SourceError: a value cannot be kept.
         """
-        left = self.file.metadata.row_group(group).num_rows
         if not columns:
-            yield from repeat(b"", left)
+            yield from repeat(b"", self.file.metadata.row_group(group).num_rows)
             return
-        batches = self.file.iter_batches(
-            _KEPT_ROWS, row_groups=[group], columns=list(columns), use_threads=False
-        )
-        for batch in batches:
+        for batch in self._record_batches(group, list(columns), _KEPT_ROWS):
             values = [plain_values(batch.column(column), goal) for column, goal in columns.items()]
             for row in zip(*values, strict=True):
                 yield keeper.pack(f"source {name}", dict(zip(columns, row, strict=True)))
-            left -= batch.num_rows
-        if left:
-            raise pa.ArrowInvalid(
-                f"row group {group} lacks {counted(left, 'value')} of {list(columns)}"
-            )
-
-
-class _BlobReader(storage.BlobFile):
-    """A blob for Arrow: without the copies that `io.RawIOBase` makes, and with failures that cannot
-    be taken for damage.
-    """
-
-    def read(self, size: int = -1) -> bytes:
-        """Return as many bytes as asked for, unless the blob ends."""
-        with _patient():
-            data = self._blob.read_at(self._at, size if size >= 0 else self._blob.size - self._at)
-        self._at += len(data)
-        return data
-
-
-@contextlib.contextmanager
-def _patient() -> Iterator[None]:
-    """Have failures of a store be none that may pass by themselves: its client has tried for long
-    enough.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            errno.EPROTO if error.errno in (None, errno.EIO) else error.errno,
-            error.strerror or str(error),
-        ) from error
 
 
 @contextlib.contextmanager
@@ -414,7 +468,7 @@ class _RowGroup:
             if self._damage is not None:
                 raise BadImage(Status.CORRUPT, self._damage)
             try:
-                batch = next(self._coming, None)
+                batch = next(self._coming)
             except (OSError, pa.ArrowException) as error:
                 if _is_failure(error):
                     raise
@@ -422,10 +476,6 @@ class _RowGroup:
                     f"the table is damaged from row {self._next} of row group {self._group} on:"
                     f" {_reason(error)}"
                 )
-                continue
-            if batch is None:
-                ends = counted(self._next, "row")
-                self._damage = f"the table is damaged: row group {self._group} ends after {ends}"
                 continue
             self._kept.append((self._next, batch))
             self._next += len(batch)

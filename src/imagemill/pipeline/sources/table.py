@@ -130,23 +130,23 @@ class TableSource:
 
     def _from_parquet(self) -> Iterator[tuple[bytes | None, bytes]]:
         """Yield the column's cells of a Parquet file, with the kept ones of their rows."""
-        from imagemill.pipeline.sources import arrow_types, parquet  # bring pyarrow
+        from imagemill.pipeline.sources import parquet  # brings pyarrow
 
         with parquet.opening(self.name, self.access.at(self.location)) as opened:
             schema: Any = opened.file.schema_arrow
             column = self.path_column(schema.names)
-            kind = arrow_types.plain_type(schema.field(column).type)
-            if not arrow_types.is_text(kind) and not arrow_types.is_bytes(kind):
+            kind = parquet.plain_type(schema.field(column).type)
+            if not parquet.is_text(kind) and not parquet.is_bytes(kind):
                 hint = (
                     f" If these are images: {self.name.removeprefix('@')}."
-                    if arrow_types.has_bytes(kind)
+                    if parquet.has_bytes(kind)
                     else ""
                 )
                 raise SourceError(
                     f"source {self.name}: column {column!r} holds"
-                    f" {arrow_types.format_type(kind)}, not paths.{hint}"
+                    f" {parquet.format_type(kind)}, not paths.{hint}"
                 )
-            kept = arrow_types.kept_columns(schema, self.name, self.keeper)
+            kept = parquet.kept_columns(schema, self.name, self.keeper)
             for group in range(opened.file.metadata.num_row_groups):
                 yield from zip(
                     opened.values(group, column),

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO, Self, cast
 
 from imagemill.errors import OutputError, SourceError, counted
 from imagemill.pipeline.sources import gz, samples
-from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
-from imagemill.pipeline.sources.base import Skipped, shown, too_large
+from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read
+from imagemill.pipeline.sources.base import Skipped, chooser, shown, too_large
 from imagemill.pipeline.sources.kept import NOTHING, Keeper
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob

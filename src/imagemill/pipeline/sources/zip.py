@@ -24,8 +24,8 @@ from typing import Any
 from msgspec import Struct
 
 from imagemill.errors import SourceError, counted
-from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read, chooser
-from imagemill.pipeline.sources.base import Skipped, shown, too_large
+from imagemill.pipeline.sources.archive import GET_IT_AGAIN, LazyBlob, cannot_read
+from imagemill.pipeline.sources.base import Skipped, chooser, shown, too_large
 from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.storage import Blob, BlobFile, open_blob
 
