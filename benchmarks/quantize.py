@@ -24,8 +24,9 @@ import numpy as np
 from imagemill.models import bundle as bundles
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import open_session
+from imagemill.pipeline.sources.base import Skipped
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Limits, Precision, SessionSpec
+from imagemill.records import Batch, DeviceSpec, Filters, Limits, Precision, SessionSpec
 from imagemill.system import cpu
 from imagemill.system.openvino_library import new_core
 from imagemill.tuning import images, quantize
@@ -123,7 +124,7 @@ def calibration_pixels(
             for _ in range(given.calibration)
         ]
     resolved = sources.resolve([given.images])
-    listing = sources.open_all(resolved)[0].entries(sources.Filters(), sources.Skipped())
+    listing = sources.open_all(resolved)[0].entries(Filters(), Skipped())
     chosen, _ = images.sample(listing, 2 * given.calibration)
     decoder = images.Decoder(resolved, bundle.card.recipe, Limits(), len(cores))
     return [image.pixels for image in decoder.decode(chosen, given.calibration)]

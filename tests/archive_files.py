@@ -17,8 +17,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from imagemill.pipeline.sources import Filters, Skipped, Source, open_all
-from imagemill.records import BadImage, Entry
+from imagemill.pipeline.sources import open_all
+from imagemill.pipeline.sources.base import Skipped, Source
+from imagemill.records import BadImage, Entry, Filters
 
 KINDS = ("zip", "tar", "tar.gz", "webdataset")
 

@@ -17,6 +17,7 @@ from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.sink import Sink
+from imagemill.pipeline.sources.base import shown
 from imagemill.records import Batch, Bundle, Outputs, Row, Settings, Shard, Status, TopK
 from imagemill.runner import freeze
 
@@ -59,7 +60,7 @@ def write_part(job: OpenJob, shard: Shard, answer: Callable[[bytes], Answer]) ->
             planned.index,
             shard,
             opened[planned.source].name,
-            sources.shown(planned.path),
+            shown(planned.path),
             failed or Status.OK,
             failed and "because",
             None if failed else 40,

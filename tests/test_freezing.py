@@ -18,11 +18,11 @@ from imagemill.job.open_job import OpenJob
 from imagemill.pipeline import backends
 from imagemill.pipeline.backends import devices, library_versions
 from imagemill.pipeline.decoding import DECODER
-from imagemill.pipeline.sources import Filters
 from imagemill.records import (
     Card,
     Centre,
     DeviceSpec,
+    Filters,
     Interpolation,
     Job,
     Kept,

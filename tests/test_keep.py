@@ -35,6 +35,7 @@ from imagemill.pipeline.backends import devices
 from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.read import read
 from imagemill.pipeline.sources import kept, samples
+from imagemill.pipeline.sources.base import Skipped
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Filters, Kept, KeptType, Lease, Limits, Recipe, Settings, Status
 from imagemill.report import figures
@@ -257,7 +258,7 @@ def test_tables_and_archives_in_an_object_store_give_their_columns(
     given = (f"@{s3.url}/a.csv", f"{s3.url}/b.parquet", f"@{s3.url}/b.parquet", f"{s3.url}/c.tar")
     opened = sources.open_all(given, keeper=kept.Keeper({"id": "id"}))
     found = [
-        [json.loads(entry.kept)[0] for entry in source.entries(Filters(), sources.Skipped())]
+        [json.loads(entry.kept)[0] for entry in source.entries(Filters(), Skipped())]
         for source in opened
     ]
     assert found == [["1"], columns["id"], columns["id"], ["c"]]

@@ -21,8 +21,9 @@ import helpers
 import sample_images
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline import sources
-from imagemill.pipeline.sources import Filters, Skipped, check_kinds, open_all, resolve
-from imagemill.records import Entry, Settings
+from imagemill.pipeline.sources import check_kinds, open_all, resolve
+from imagemill.pipeline.sources.base import Skipped
+from imagemill.records import Entry, Filters, Settings
 from imagemill.runner import dry_run, run
 from s3 import Bucket
 

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from helpers import Result, fill, without_root_powers
 from imagemill.errors import OutputError, SourceError, UsageError
-from imagemill.pipeline.sources import Filters, Skipped, files, folder, open_all, resolve
-from imagemill.pipeline.sources.base import MOST_SUFFIXES, matcher
+from imagemill.pipeline.sources import files, folder, open_all, resolve
+from imagemill.pipeline.sources.base import MOST_SUFFIXES, Skipped, matcher
 from imagemill.pipeline.sources.folder import FolderSource
-from imagemill.records import BadImage, Entry, Status
+from imagemill.records import BadImage, Entry, Filters, Status
 from imagemill.system.retry import RetryPolicy
 
 

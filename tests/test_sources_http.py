@@ -31,10 +31,11 @@ from msgspec.structs import replace
 import helpers
 import sample_images
 from imagemill.errors import SourceError, UsageError
-from imagemill.pipeline.sources import Filters, Skipped, check, http, resolve
+from imagemill.pipeline.sources import check, http, resolve
+from imagemill.pipeline.sources.base import Skipped
 from imagemill.pipeline.sources.list import ListSource
 from imagemill.pipeline.sources.locations import fetch
-from imagemill.records import BadImage, Settings, Status
+from imagemill.records import BadImage, Filters, Settings, Status
 from imagemill.runner import run
 from imagemill.system import storage
 from imagemill.system.http import netrc_passwords

@@ -19,11 +19,12 @@ import helpers
 import s3 as faults
 import sample_images
 from imagemill.errors import OutputError, SourceError
-from imagemill.pipeline.sources import Filters, Skipped, check, resolve
+from imagemill.pipeline.sources import check, resolve
+from imagemill.pipeline.sources.base import Skipped
 from imagemill.pipeline.sources.folder import FolderSource
 from imagemill.pipeline.sources.locations import fetch
 from imagemill.pipeline.sources.objects import ObjectSource
-from imagemill.records import BadImage, Settings, Status
+from imagemill.records import BadImage, Filters, Settings, Status
 from imagemill.runner import run
 from imagemill.system import storage
 from imagemill.system.retry import RetryPolicy

@@ -20,8 +20,9 @@ import helpers
 import sample_images
 from faults.harness import Hold
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources import Filters, Skipped, open_all, parquet, resolve
-from imagemill.records import BadImage, Entry, Settings, Status
+from imagemill.pipeline.sources import open_all, parquet, resolve
+from imagemill.pipeline.sources.base import Skipped
+from imagemill.records import BadImage, Entry, Filters, Settings, Status
 from imagemill.runner import run
 from s3 import Bucket, FaultProxy
 

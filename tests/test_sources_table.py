@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 import helpers
 import sample_images
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
-from imagemill.records import BadImage, Entry, Settings, Status
+from imagemill.pipeline.sources import open_all, resolve
+from imagemill.pipeline.sources.base import Skipped
+from imagemill.records import BadImage, Entry, Filters, Settings, Status
 from imagemill.runner import run
 
 Jobs = Callable[..., Settings]

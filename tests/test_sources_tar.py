@@ -24,9 +24,10 @@ import helpers
 import sample_images
 from archive_files import END, KINDS, fetched, listed, pack, read, tar, tar_member
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources import Filters, Source, open_all
+from imagemill.pipeline.sources import open_all
 from imagemill.pipeline.sources import tar as tar_module
-from imagemill.records import Settings
+from imagemill.pipeline.sources.base import Source
+from imagemill.records import Filters, Settings
 from imagemill.runner import run
 from s3 import Bucket
 from test_run import Listener, problems

@@ -19,7 +19,7 @@ import pytest
 
 from archive_files import Member, deflated, fetched, listed, read, zip_by_hand
 from imagemill.errors import SourceError
-from imagemill.pipeline.sources import Filters
+from imagemill.records import Filters
 from s3 import Bucket
 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)

@@ -23,7 +23,9 @@ import archive_files
 import helpers
 import s3 as faults
 from imagemill.errors import SourceError, UsageError
-from imagemill.pipeline.sources import Filters, Skipped, open_all, resolve
+from imagemill.pipeline.sources import open_all, resolve
+from imagemill.pipeline.sources.base import Skipped
+from imagemill.records import Filters
 from imagemill.system import storage
 from imagemill.system.retry import RetryPolicy
 from s3 import Bucket, FaultProxy

@@ -22,7 +22,8 @@ from msgspec import Struct
 from imagemill.errors import printable
 from imagemill.job import plan
 from imagemill.job.open_job import OpenJob
-from imagemill.pipeline import sources
+from imagemill.pipeline.sources.base import Source, shown
+from imagemill.pipeline.sources.parquet import ParquetSource
 from imagemill.system import files
 
 MAX_NAMES = 10
@@ -60,7 +61,7 @@ class Difference(Struct, frozen=True):
 
 
 def compare(
-    job: OpenJob, opened: Sequence[sources.Source], places: set[int], spooled: Path, listed: int
+    job: OpenJob, opened: Sequence[Source], places: set[int], spooled: Path, listed: int
 ) -> Difference:
     """Return how a spooled listing differs from a job's plan.
 
@@ -76,9 +77,7 @@ def compare(
     Raises:
         OutputError: the plan cannot be read, or temporary files cannot be written.
     """
-    tables = {
-        place for place, source in enumerate(opened) if isinstance(source, sources.ParquetSource)
-    }
+    tables = {place for place, source in enumerate(opened) if isinstance(source, ParquetSource)}
 
     def key(source: int, path: bytes) -> bytes:
         name = (path.partition(b"/")[2] if source in tables else b"") or path
@@ -113,7 +112,7 @@ def compare(
                     missing.add(index)
 
     def name(source: int, path: bytes) -> str:
-        return sources.shown(path) or opened[source].name
+        return shown(path) or opened[source].name
 
     def in_plan(number: int) -> str:
         row = job.row(number)

@@ -14,9 +14,8 @@ from imagemill.job.columns import row_path
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import open_store
-from imagemill.pipeline import sources
 from imagemill.pipeline.backends import automatic
-from imagemill.pipeline.sources import Skipped
+from imagemill.pipeline.sources.base import Skipped, shown
 from imagemill.records import DeviceSpec, Settings
 from imagemill.runner import append, listing
 from imagemill.runner.difference import MAX_NAMES
@@ -65,7 +64,7 @@ def dry_run(settings: Settings) -> DryRun:
         images += 1
         if images <= MAX_NAMES:
             path = row_path(settings.sources[entry.source], entry.path)
-            first.append(sources.shown(path))
+            first.append(shown(path))
     if not images:
         raise listing.no_images(settings, skipped)
     keeper.kept()

@@ -20,8 +20,17 @@ from imagemill.job.store import Store
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.backends.devices import backend_of, fixed_facts
 from imagemill.pipeline.decoding import DECODER
-from imagemill.pipeline.sources import Filters, Skipped
-from imagemill.records import Bundle, DeviceSpec, Engine, Job, Limits, SessionSpec, Settings
+from imagemill.pipeline.sources.base import Skipped
+from imagemill.records import (
+    Bundle,
+    DeviceSpec,
+    Engine,
+    Filters,
+    Job,
+    Limits,
+    SessionSpec,
+    Settings,
+)
 from imagemill.runner import thresholds
 from imagemill.runner.listing import (
     access_of,

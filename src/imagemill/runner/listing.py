@@ -17,9 +17,9 @@ from imagemill.display.results import format_skipped
 from imagemill.errors import SourceError, UsageError
 from imagemill.job import plan
 from imagemill.pipeline import sources
-from imagemill.pipeline.sources import Filters, Keeper, Skipped
-from imagemill.pipeline.sources.base import ARCHIVES
-from imagemill.records import Access, Settings, is_below
+from imagemill.pipeline.sources.base import ARCHIVES, Skipped, Source, shown
+from imagemill.pipeline.sources.kept import Keeper, resolve_kept
+from imagemill.records import Access, Filters, Settings, is_below
 from imagemill.runner.difference import Difference, Named, compare
 from imagemill.system import storage
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def entries(
-    opened: Iterable[sources.Source], filters: Filters, skipped: Skipped
+    opened: Iterable[Source], filters: Filters, skipped: Skipped
 ) -> Iterator[records.Entry]:
     """Yield the images of sources one after another. Their sub-folders are counted on."""
     offset = 0
@@ -61,7 +61,7 @@ def listing(
 
 def keeper_of(settings: Settings) -> Keeper:
     """Return a keeper of the columns that the settings keep. Raises: UsageError."""
-    return Keeper(sources.resolve_kept(settings.keep or ()))
+    return Keeper(resolve_kept(settings.keep or ()))
 
 
 def check_sources(given: Sequence[str], settings: Settings) -> None:
@@ -176,7 +176,7 @@ def no_images(settings: Settings, skipped: Skipped) -> SourceError:
 def _named(resolved: Sequence[str]) -> str:
     if len(resolved) > 1:
         return f"the {len(resolved):,} sources"
-    return sources.shown(os.fsencode(resolved[0]))
+    return shown(os.fsencode(resolved[0]))
 
 
 def _open_them(resolved: Sequence[str], pattern: str) -> str:

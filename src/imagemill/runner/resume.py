@@ -20,6 +20,7 @@ from imagemill.pipeline import sources
 from imagemill.pipeline.backends import depends_on_batch, devices
 from imagemill.pipeline.backends.devices import backend_of
 from imagemill.pipeline.decoding import DECODER
+from imagemill.pipeline.sources.kept import resolve_kept
 from imagemill.records import DeviceSpec, Kept, SessionSpec, Settings, Shard
 from imagemill.runner import thresholds
 from imagemill.runner.listing import access_of
@@ -185,7 +186,7 @@ def _compare(
     card, recipe = session.card, session.card.recipe
     yield "top_k", job.top_k, settings.top_k
     yield "save", sorted(session.save), None if settings.save is None else sorted({*settings.save})
-    names = sources.resolve_kept(settings.keep or ())
+    names = resolve_kept(settings.keep or ())
     keep = sorted(str(Kept(*pair)) for pair in names.items())
     yield "keep", sorted(map(str, job.keep)), None if settings.keep is None else keep
     asked_precision = None if settings.precision == "auto" else settings.precision

@@ -434,6 +434,7 @@ def check_settings(settings: Settings) -> Settings:
     from msgspec.structs import replace
 
     from imagemill.pipeline import sources
+    from imagemill.pipeline.sources.kept import resolve_kept
 
     for name in SETTINGS:
         check_setting(name, getattr(settings, name))
@@ -442,7 +443,7 @@ def check_settings(settings: Settings) -> Settings:
     if not settings.sources:
         raise UsageError("give at least one SOURCE: a folder or an image.")
     sources.resolve_moved(settings.moved or ())
-    sources.resolve_kept(settings.keep or ())
+    resolve_kept(settings.keep or ())
     return replace(settings, sources=sources.resolve(settings.sources))
 
 

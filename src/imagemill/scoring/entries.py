@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from imagemill.errors import SourceError, UsageError, printable
 from imagemill.job.open_job import OpenJob
-from imagemill.pipeline.sources import Source, open_all
+from imagemill.pipeline.sources import open_all
+from imagemill.pipeline.sources.base import Source
 from imagemill.pipeline.sources.parquet import ParquetSource
 from imagemill.pipeline.sources.table import PATH_COLUMNS, TableSource
 from imagemill.pipeline.sources.tar import TarSource

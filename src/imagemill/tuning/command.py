@@ -12,8 +12,8 @@ from imagemill.errors import UsageError, counted
 from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
-from imagemill.pipeline.sources import Filters, Skipped
-from imagemill.records import Bundle, DeviceSpec, Entry, Limits, Precision
+from imagemill.pipeline.sources.base import Skipped
+from imagemill.records import Bundle, DeviceSpec, Entry, Filters, Limits, Precision
 from imagemill.system import cpu
 from imagemill.system.messages import Notify
 from imagemill.tuning import accuracy, check_process, precisions, quantize

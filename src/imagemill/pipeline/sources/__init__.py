@@ -25,40 +25,18 @@ from pathlib import Path, PurePosixPath
 
 from imagemill.errors import SourceError, UsageError
 from imagemill.pipeline.sources import kinds, objects
-from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Skipped, Source, shown
+from imagemill.pipeline.sources.base import IMAGE_SUFFIXES, Source, shown
 from imagemill.pipeline.sources.folder import FolderSource
-from imagemill.pipeline.sources.kept import NOTHING, Keeper, resolve_kept
+from imagemill.pipeline.sources.kept import NOTHING, Keeper
 from imagemill.pipeline.sources.list import ListSource
 from imagemill.pipeline.sources.parquet import ParquetSource
 from imagemill.pipeline.sources.table import TableSource, is_table, split_column
 from imagemill.pipeline.sources.tar import SUFFIXES as TAR_SUFFIXES
 from imagemill.pipeline.sources.tar import TarSource
 from imagemill.pipeline.sources.zip import ZipSource
-from imagemill.records import AS_GIVEN, Access, Filters
+from imagemill.records import AS_GIVEN, Access
 from imagemill.system import interruptible, storage
 from imagemill.system.files import absolute
-
-__all__ = [
-    "Filters",
-    "Keeper",
-    "ParquetSource",
-    "Skipped",
-    "Source",
-    "as_line",
-    "can_be_read_again",
-    "check",
-    "check_kinds",
-    "is_opened",
-    "named_path",
-    "names_others",
-    "open_all",
-    "relocated",
-    "resolve",
-    "resolve_kept",
-    "resolve_moved",
-    "shown",
-    "without_column",
-]
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MOST_EXPANDED = 100_000

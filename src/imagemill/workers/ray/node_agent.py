@@ -22,6 +22,7 @@ from imagemill.models import bundle
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import devices
 from imagemill.pipeline.decoding import DECODER
+from imagemill.pipeline.sources.base import shown
 from imagemill.records import BadImage, DeviceSpec, Job, Lease
 from imagemill.system import cpu, userdirs
 from imagemill.system.files import in_turn, make_folder, reason, write_whole
@@ -131,7 +132,7 @@ class NodeAgent:
                 f"source {job.sources[image.source]} on node {node} is not what it is on the"
                 " launcher's"
             )
-            name = sources.shown(image.path) or "it"
+            name = shown(image.path) or "it"
             try:
                 data = opened[image.source].fetch(image.path, image.locator, job.limits.max_bytes)
             except BadImage as bad:
