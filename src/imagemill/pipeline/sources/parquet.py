@@ -570,7 +570,5 @@ class _Table:
 _OPENING = threading.Lock()
 
 
-@functools.lru_cache(maxsize=_OPEN_TABLES)
-def _table(location: bytes, column: str | None, name: str) -> _Table:
-    """Return a table, opened when the first image is fetched. A process keeps few open."""
-    return _Table(location, column, name)
+_table = functools.lru_cache(maxsize=_OPEN_TABLES)(_Table)
+"""Returns a table, opened when the first image is fetched. A process keeps few open."""

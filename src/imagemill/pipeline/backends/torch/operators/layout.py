@@ -422,8 +422,7 @@ def _scales_and_sizes(node: Node) -> tuple[list[float], list[int]]:
         given = node.host(1)
     else:
         given, wanted = node.host(2), node.host(3)
-        if node.has(1):
-            node.host(1)  # the region of interest, which only `tf_crop_and_resize` uses
+        node.host(1)  # the region of interest, which only `tf_crop_and_resize` uses
     policy = node.attribute("keep_aspect_ratio_policy", "stretch")
     node.require(policy == "stretch", f"with keep_aspect_ratio_policy={policy}")
     axes = [axis % len(shape) for axis in node.attribute("axes", None) or range(len(shape))]
