@@ -700,7 +700,7 @@ def test_odd_zips_are_refused_with_the_reason(tmp_path: Path) -> None:
     at = data.index(ARRAYS["a.weight"].tobytes())
     data[at + 5] ^= 1
     (tmp_path / "w.pth").write_bytes(data)
-    refused("archive/data/0 is damaged")
+    refused("damaged .*'archive/data/0'")
 
 
 def zip_directory(claimed: int, *, wide: int | None = None) -> bytes:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 from msgspec import Struct
+
+from imagemill.models.checkpoints.pickled import walk
 
 KEYS: Final = (
     "class_names",
@@ -33,27 +34,18 @@ class Labels(Struct, frozen=True):
     names: tuple[str, ...]
 
 
-def find(root: object) -> Labels | None:
+def find(root: dict[Any, Any]) -> Labels | None:
     """Return the names of the classes in what a checkpoint's pickle described; None if there are
     none.
     """
     found: dict[str, Labels] = {}
-    mappings: list[tuple[str, Mapping[Any, Any]]] = [("", root)] if isinstance(root, dict) else []
-    # A pickle may refer to one list or mapping a million times.
-    entered, tried = {id(root)}, set[int]()
-    for path, mapping in mappings:  # grows meanwhile
+    tried = set[int]()  # a pickle may refer to one list or mapping a million times
+    for path, mapping in walk(root, _DEEPEST):
         for key, value in mapping.items():
-            if not isinstance(key, str) or not isinstance(value, dict | list | tuple):
-                continue
-            place = f"{path}/{key}" if path else key
             if key in KEYS and key not in found and id(value) not in tried:
                 tried.add(id(value))
                 if names := _names(value):
-                    found[key] = Labels(place, names)
-            deep = place.count("/") >= _DEEPEST
-            if isinstance(value, dict) and id(value) not in entered and not deep:
-                entered.add(id(value))
-                mappings.append((place, value))
+                    found[key] = Labels(f"{path}/{key}" if path else key, names)
     return next((found[key] for key in KEYS if key in found), None)
 
 

@@ -27,13 +27,13 @@ _STORAGES: Final[dict[str, str]] = {
     "torch DoubleStorage": "<f8",
     "torch FloatStorage": "<f4",
     "torch HalfStorage": "<f2",
-    "torch BFloat16Storage": "bf16",
+    "torch BFloat16Storage": "bfloat16",
     "torch LongStorage": "<i8",
     "torch IntStorage": "<i4",
     "torch ShortStorage": "<i2",
     "torch CharStorage": "|i1",
     "torch ByteStorage": "|u1",
-    "torch BoolStorage": "bool",
+    "torch BoolStorage": "?",
 }
 _CALLABLES: Final = frozenset(
     {
@@ -125,21 +125,14 @@ class Machine:
 
     def run(self, stream: IO[bytes]) -> Any:
         """Run one pickle from the stream and return what it describes; the stream is left behind
-        its last byte.
+        its last byte. A damaged one raises any exception.
         """
         stack: list[Any] = []
         marks: list[list[Any]] = []
-        memo: dict[int, Any] = {}
-
-        def pop() -> Any:
-            if not stack:
-                raise Refused("its pickle takes a value from an empty stack")
-            return stack.pop()
+        memo: dict[Any, Any] = {}
 
         def pop_to_mark() -> list[Any]:
             nonlocal stack
-            if not marks:
-                raise Refused("its pickle has no mark where one is needed")
             items, stack = stack, marks.pop()
             return items
 
@@ -150,107 +143,91 @@ class Machine:
                 raise Refused(f"its pickle wants a {wanted.__name__} where there is none")
             return stack[-1]
 
-        def put(index: Any) -> None:
-            if not stack:
-                raise Refused("its pickle remembers a value from an empty stack")
-            memo[index] = stack[-1]
-
-        try:
-            for opcode, argument, at in pickletools.genops(stream):
-                self._left -= 1
-                if self._left < 0:
-                    raise Refused(f"its pickle has more than {PICKLE_OPCODES} opcodes")
-                code = opcode.name
-                if code in _LITERALS:
-                    stack.append(argument)
-                elif code in _CONSTANTS:
-                    stack.append(_CONSTANTS[code])
-                elif code in {"BINPUT", "LONG_BINPUT", "PUT"}:
-                    put(argument)
-                elif code == "MEMOIZE":
-                    put(len(memo))
-                elif code in {"BINGET", "LONG_BINGET", "GET"}:
-                    if argument not in memo:
-                        raise Refused(
-                            f"its pickle recalls value {argument}, which it never remembered"
-                        )
-                    stack.append(memo[argument])
-                elif code == "MARK":
-                    marks.append(stack)
-                    stack = []
-                elif code in _TUPLES:
-                    stack.append(tuple(reversed([pop() for _ in range(_TUPLES[code])])))
-                elif code == "TUPLE":
-                    items = pop_to_mark()
-                    stack.append(tuple(items))
-                elif code == "EMPTY_LIST":
-                    stack.append([])
-                elif code == "LIST":
-                    items = pop_to_mark()
-                    stack.append(items)
-                elif code == "EMPTY_DICT":
-                    stack.append({})
-                elif code == "DICT":
-                    items = pop_to_mark()
-                    stack.append(_filled({}, items))
-                elif code == "APPEND":
-                    item = pop()
-                    top(list).append(item)
-                elif code == "APPENDS":
-                    items = pop_to_mark()
-                    top(list).extend(items)
-                elif code == "SETITEM":
-                    value, key = pop(), pop()
-                    _filled(top(dict), [key, value])
-                elif code == "SETITEMS":
-                    items = pop_to_mark()
-                    _filled(top(dict), items)
-                elif code == "EMPTY_SET":
-                    stack.append(Unknown("builtins set"))
-                elif code == "ADDITEMS":
-                    items = pop_to_mark()
-                    top(list)
-                elif code == "FROZENSET":
-                    items = pop_to_mark()
-                    stack.append(Unknown("builtins frozenset"))
-                elif code == "GLOBAL":
-                    stack.append(_named(argument))
-                elif code == "STACK_GLOBAL":
-                    name, module = pop(), pop()
-                    if not isinstance(name, str) or not isinstance(module, str):
-                        raise Refused("its pickle names something with what is not text")
-                    stack.append(_named(f"{module} {name}"))
-                elif code == "REDUCE":
-                    arguments, function = pop(), pop()
-                    stack.append(_built(function, arguments))
-                elif code in {"NEWOBJ", "NEWOBJ_EX"}:
-                    for _ in range(1 if code == "NEWOBJ" else 2):
-                        pop()  # arguments
-                    made = pop()
-                    if not isinstance(made, Unknown):
-                        raise Refused(
-                            f"its pickle uses the opcode {code} at byte {at} on {kind(made)}"
-                        )
-                    stack.append(Unknown(made.full))
-                elif code == "BUILD":
-                    pop()  # the module versions that PyTorch attaches to a state dict; not needed
-                    top(dict)
-                elif code == "BINPERSID":
-                    stack.append(self._storage(pop()))
-                elif code == "STOP":
-                    result = pop()
-                    if isinstance(result, Unknown):
-                        raise Refused(result.refusal)
-                    if stack or marks:
-                        raise Refused("its pickle ends with values left over")
-                    return result
-                elif code not in {"PROTO", "FRAME"}:
-                    raise Refused(
-                        f"its pickle uses the opcode {code} at byte {at}, which a checkpoint does"
-                        " not need"
-                    )
-        except ValueError as error:
-            raise Refused(f"its pickle is damaged ({str(error)[:200]})") from None
+        for opcode, argument, at in pickletools.genops(stream):
+            self._left -= 1
+            if self._left < 0:
+                raise Refused(f"its pickle has more than {PICKLE_OPCODES} opcodes")
+            code = opcode.name
+            if code in _LITERALS:
+                stack.append(argument)
+            elif code in _CONSTANTS:
+                stack.append(_CONSTANTS[code])
+            elif code in {"BINPUT", "LONG_BINPUT", "PUT"}:
+                memo[argument] = stack[-1]
+            elif code == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif code in {"BINGET", "LONG_BINGET", "GET"}:
+                stack.append(memo[argument])
+            elif code == "MARK":
+                marks.append(stack)
+                stack = []
+            elif code in _TUPLES:
+                stack.append(tuple(reversed([stack.pop() for _ in range(_TUPLES[code])])))
+            elif code == "TUPLE":
+                items = pop_to_mark()
+                stack.append(tuple(items))
+            elif code == "EMPTY_LIST":
+                stack.append([])
+            elif code == "LIST":
+                items = pop_to_mark()
+                stack.append(items)
+            elif code == "EMPTY_DICT":
+                stack.append({})
+            elif code == "DICT":
+                items = pop_to_mark()
+                stack.append(_filled({}, items))
+            elif code == "APPEND":
+                item = stack.pop()
+                top(list).append(item)
+            elif code == "APPENDS":
+                items = pop_to_mark()
+                top(list).extend(items)
+            elif code == "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _filled(top(dict), [key, value])
+            elif code == "SETITEMS":
+                items = pop_to_mark()
+                _filled(top(dict), items)
+            elif code == "EMPTY_SET":
+                stack.append(Unknown("builtins set"))
+            elif code == "ADDITEMS":
+                items = pop_to_mark()
+                top(list)
+            elif code == "FROZENSET":
+                items = pop_to_mark()
+                stack.append(Unknown("builtins frozenset"))
+            elif code == "GLOBAL":
+                stack.append(_named(argument))
+            elif code == "STACK_GLOBAL":
+                name, module = stack.pop(), stack.pop()
+                if not isinstance(name, str) or not isinstance(module, str):
+                    raise Refused("its pickle names something with what is not text")
+                stack.append(_named(f"{module} {name}"))
+            elif code == "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_built(function, arguments))
+            elif code in {"NEWOBJ", "NEWOBJ_EX"}:
+                for _ in range(1 if code == "NEWOBJ" else 2):
+                    stack.pop()  # arguments
+                made = stack.pop()
+                if not isinstance(made, Unknown):
+                    raise Refused(f"its pickle uses the opcode {code} at byte {at} on {kind(made)}")
+                stack.append(Unknown(made.full))
+            elif code == "BUILD":
+                stack.pop()  # the module versions that PyTorch attaches to a state dict; not needed
+                top(dict)
+            elif code == "BINPERSID":
+                stack.append(self._storage(stack.pop()))
+            elif code == "STOP":
+                result = stack.pop()
+                if isinstance(result, Unknown):
+                    raise Refused(result.refusal)
+                return result
+            elif code not in {"PROTO", "FRAME"}:
+                raise Refused(
+                    f"its pickle uses the opcode {code} at byte {at}, which a checkpoint does"
+                    " not need"
+                )
         raise Refused("its pickle has no end")
 
     def _storage(self, identity: object) -> Storage | Unknown:
@@ -285,7 +262,7 @@ class Machine:
             raise Refused(
                 f"its pickle refers to a storage named {shown(key)}, which is not a number"
             )
-        if not 0 <= count * itemsize(dtype) <= self._file_size:
+        if not 0 <= count * np.dtype(dtype).itemsize <= self._file_size:
             raise Refused(
                 f"storage {key} claims {shown(count)} elements, in a file of {self._file_size}"
                 " bytes"
@@ -306,8 +283,6 @@ def _filled(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     """Add keys and values that alternate. Only plain keys are kept: hashing nested tuples can take
     exponential time.
     """
-    if len(items) % 2:
-        raise Refused("its pickle has a key without a value")
     for key, value in zip(items[::2], items[1::2], strict=True):
         if isinstance(key, str | bytes | int | float | None):
             target[key] = value
@@ -393,14 +368,18 @@ def _naturals(values: object) -> tuple[int, ...] | None:
     return tuple(values) if all(type(value) is int and value >= 0 for value in values) else None
 
 
-def itemsize(dtype: str) -> int:
-    """Bytes of one element."""
-    return raw_dtype(dtype).itemsize
-
-
-def raw_dtype(dtype: str) -> np.dtype[Any]:
-    """How the bytes of a storage are read; bfloat16, which NumPy lacks, as uint16."""
-    return np.dtype({"bf16": "<u2", "bool": "|u1"}.get(dtype, dtype))
+def walk(root: dict[Any, Any], deepest: int) -> list[tuple[str, dict[Any, Any]]]:
+    """Return the mapping that a pickle described and those inside it, each once, with the path to
+    it, which has at most `deepest` parts.
+    """
+    mappings, seen = [("", root)], {id(root)}
+    for path, mapping in mappings:  # grows meanwhile
+        for name, value in mapping.items():
+            is_new = isinstance(name, str) and isinstance(value, dict) and id(value) not in seen
+            if is_new and path.count("/") + bool(path) < deepest:
+                seen.add(id(value))
+                mappings.append((f"{path}/{name}" if path else name, value))
+    return mappings
 
 
 def kind(value: object) -> str:
