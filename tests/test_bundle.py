@@ -37,7 +37,6 @@ CARD = Card(
     scores=Scores.LOGITS,
     normalised="normalised",
     top1=1.5,
-    notes={"gate": [1, 2]},
 )
 
 
@@ -53,7 +52,7 @@ def tiny_model() -> onnx.ModelProto:
     }
     g = graph.Graph(arrays, epsilon=1e-5)
     g.classify(g.conv(g.normalise("pixels", CARD.mean, CARD.std), "c", "b"), "f")
-    return g.model("tiny", graph.Prepared(8, 8, CARD.mean, CARD.std), 2, 2)
+    return g.model("tiny", CARD.recipe, 2, 2)
 
 
 @pytest.fixture
@@ -171,13 +170,16 @@ def test_an_interrupted_write_leaves_no_bundle(
     assert os.listdir(made.dir) == ["model.onnx"]
 
 
-def test_weights_beyond_the_limit_lie_beside_the_model(tmp_path: Path) -> None:
+def test_weights_beyond_the_limit_lie_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With external data the answers are the same, frozen copies share it, and the hash covers
     it.
     """
     pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
     whole = bundle.write(tmp_path / "whole", CARD, tiny_model())
-    split = bundle.write(tmp_path / "split", CARD, tiny_model(), external_from=100)
+    monkeypatch.setattr(bundle, "EXTERNAL_FROM", 100)
+    split = bundle.write(tmp_path / "split", CARD, tiny_model())
     assert (split.dir / "model.onnx.data").is_file()
     assert bundle.load(split.dir) == split
     bundle.verify_hash(split)
@@ -280,7 +282,7 @@ def test_external_data_outside_the_folder_is_refused(
     (tiny.dir / "link").symlink_to(tiny.dir.parent / "secret")
     (tiny.dir / "linked").symlink_to(tiny.dir.parent)
     with pytest.raises(ModelError, match="refused: ") as caught:
-        wrap.external_files(tiny.dir / "x.onnx", stranger(location, where))
+        wrap.files_of(tiny.dir / "x.onnx", stranger(location, where))
     assert repr(location) in str(caught.value)
 
 
@@ -290,7 +292,8 @@ def test_external_data_inside_the_folder_is_accepted(tiny: Bundle, where: str) -
     (tiny.dir / "sub").mkdir()
     (tiny.dir / "sub" / "w.bin").write_bytes(bytes(16))
     model = stranger("sub/w.bin", where)
-    assert wrap.external_files(tiny.dir / "x.onnx", model) == ["sub/w.bin"]
+    file = tiny.dir / "x.onnx"
+    assert wrap.files_of(file, model) == [file, tiny.dir / "sub/w.bin"]
 
 
 def test_models_dir_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,14 +246,15 @@ def test_a_wrong_body_is_removed_and_named(server: Server, tmp_path: Path) -> No
 
 
 def test_a_file_beyond_the_limit_is_refused_before_it_is_loaded(
-    server: Server, tmp_path: Path
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the announced length, or, where none is announced, where the limit is passed."""
+    monkeypatch.setattr(download, "MAX_BYTES", 1000)
     with pytest.raises(DownloadError, match=f"announces {len(BODY)} bytes instead of at most 1000"):
-        download.fetch(server.url, tmp_path / "w", max_bytes=1000, policy=QUICK)
+        download.fetch(server.url, tmp_path / "w", policy=QUICK)
     server.script = [serve(length=False)]
     with pytest.raises(DownloadError, match=r"sent [0-9]+ bytes instead of at most 1000"):
-        download.fetch(server.url, tmp_path / "w", max_bytes=1000, policy=QUICK)
+        download.fetch(server.url, tmp_path / "w", policy=QUICK)
     assert names(tmp_path) == []
 
 

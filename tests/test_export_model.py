@@ -29,7 +29,6 @@ import helpers
 from golden.make_export_folders import images, pixels
 from hub_server import Hub, Repo
 from imagemill.errors import ModelError, UsageError
-from imagemill.models import export
 from imagemill.models.export import cached
 from imagemill.system import processes
 from imagemill.system.openvino_library import new_core
@@ -91,7 +90,7 @@ def files_in(folder: Path) -> list[str]:
 def refused(folder: Path, models: Path, kind: type[Exception] = ModelError) -> str:
     """Return the one line with which a folder is refused."""
     with pytest.raises(kind) as caught:
-        export.onnx_for(folder, models, lambda _: None)
+        cached.onnx_for(folder, models, lambda _: None)
     message = str(caught.value)
     assert message.isprintable() and len(message) < 700
     return message
@@ -103,7 +102,7 @@ def refused(folder: Path, models: Path, kind: type[Exception] = ModelError) -> s
 def check_export(folder: Path, models: Path, network: str) -> None:
     """Export a folder twice, and compare the file with the golden logits."""
     lines: list[str] = []
-    file = export.onnx_for(folder, models, lines.append)
+    file = cached.onnx_for(folder, models, lines.append)
     assert [line.partition(" ")[0] for line in lines] == ["exporting", "exported"]
     assert file.parent.name.startswith(f"{network}-")
     assert files_in(models) == [str(file.relative_to(models))]
@@ -115,7 +114,7 @@ def check_export(folder: Path, models: Path, network: str) -> None:
     inode = file.stat().st_ino
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cached, "Child", None)  # the second time no process is started
-        assert export.onnx_for(folder, models, lines.append) == file
+        assert cached.onnx_for(folder, models, lines.append) == file
     assert file.stat().st_ino == inode and len(lines) == 2
 
 
@@ -198,7 +197,7 @@ def test_weights_in_several_files_and_a_network_without_a_head(
     index = {"metadata": {"total_size": 1}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    file = export.onnx_for(changed(folder, architectures=["ViTModel"]), tmp_path / "models", print)
+    file = cached.onnx_for(changed(folder, architectures=["ViTModel"]), tmp_path / "models", print)
     tokens = answers(file, images())[:, 0]  # the weights have no pooler
     whole = load_file(GOLDEN / "transformers" / "model.safetensors")
     logits = tokens @ whole["classifier.weight"].T + whole["classifier.bias"]
@@ -215,7 +214,7 @@ def test_whatever_decides_the_file_is_in_its_name(
     homes: list[Path] = []
 
     def name(size: tuple[int, int] | None = None) -> str:
-        export.onnx_for(folder, tmp_path, lambda _: None, size)
+        cached.onnx_for(folder, tmp_path, lambda _: None, size)
         return homes[-1].name
 
     names = [name(), name((32, 40)), name((40, 32))]
@@ -340,7 +339,7 @@ def test_neither_code_nor_pickles_of_a_folder_are_executed(folder: Path, tmp_pat
     }
     changed(folder, auto_map=auto_map, _attn_implementation="someone/kernels")
     with contextlib.chdir(folder):
-        file = export.onnx_for(folder, tmp_path / "models", lambda _: None)
+        file = cached.onnx_for(folder, tmp_path / "models", lambda _: None)
     golden = np.load(GOLDEN / "transformers.logits.npy")
     np.testing.assert_allclose(answers(file, images()), golden, rtol=0, atol=1e-4)
 
@@ -406,12 +405,12 @@ import signal, sys
 from importlib import metadata
 from pathlib import Path
 from imagemill.errors import Interrupted
-from imagemill.models import export
+from imagemill.models.export import cached
 def end(*_):
     raise Interrupted("terminated", 143)
 signal.signal(signal.SIGTERM, end)  # as the command line does
 metadata.version = lambda name: "1"
-export.onnx_for(Path(sys.argv[1]), Path(sys.argv[2]), print)
+cached.onnx_for(Path(sys.argv[1]), Path(sys.argv[2]), print)
 """
 
 

@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 
 import pth_files
 from imagemill.errors import CheckpointError, ModelError
-from imagemill.models import bundle, evaluate, export
+from imagemill.models import bundle
+from imagemill.models.custom import check as custom_check
+from imagemill.models.export import cached
 from imagemill.models.folders import folder as folders
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -113,7 +115,7 @@ def test_weights_of_a_network_that_imagemill_builds_are_enough(
 ) -> None:
     """safetensors or a pickle, without ONNX: the logits are those of the library."""
     made, lines = build(with_weights(tmp_path / "net", case, **options), tmp_path)
-    logits = evaluate.answers(made.dir / bundle.MODEL, [recipe.pixels()])[0]["logits"]
+    logits = custom_check.answers(made.dir / bundle.MODEL, [recipe.pixels()])[0]["logits"]
     np.testing.assert_allclose(logits, np.array(OWN[case]["logits"]), rtol=0, atol=1e-4)
     assert made.card.architecture == "resnet18" and len(made.card.labels) == 10
     assert any("resnet18, 10 classes, recognised from the weights" in line for line in lines)
@@ -159,7 +161,7 @@ def check_export(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         asked.append((folder, size))
         raise ModelError("exporting is not tested here")
 
-    monkeypatch.setattr(export, "onnx_for", onnx_for)
+    monkeypatch.setattr(cached, "onnx_for", onnx_for)
     with pytest.raises(ModelError, match="not tested here"):
         build(folder, tmp_path)
     assert asked == [(folder, (224, 224))]
@@ -171,7 +173,7 @@ def test_an_exported_network_is_wrapped_with_the_folders_values(
     folder = tmp_path / "vit"
     shutil.copytree(FOLDERS / "vit", folder, ignore=shutil.ignore_patterns("onnx"))
     save_file({"vit.weight": np.zeros(1, np.float32)}, folder / "model.safetensors")
-    monkeypatch.setattr(export, "onnx_for", lambda *_: FOLDERS / "vit/onnx/model.onnx")
+    monkeypatch.setattr(cached, "onnx_for", lambda *_: FOLDERS / "vit/onnx/model.onnx")
     made, _ = build(folder, tmp_path)
     assert made.card.labels[0] == "amber" and made.card.recipe.height == 64
     assert made.card.origin["file"] == "model.safetensors"

@@ -21,9 +21,11 @@ import onnxruntime
 import pytest
 
 import pth_files
+from imagemill.cli import main
 from imagemill.errors import CheckpointError, DownloadError, ModelError, UsageError
 from imagemill.models import bundle, get, listing, published, resolve
 from imagemill.models.architectures import ARCHITECTURES, resnet
+from imagemill.models.checkpoints import download
 from imagemill.records import Bundle, Interpolation, Recipe
 from imagemill.system.retry import RetryPolicy
 
@@ -162,7 +164,7 @@ def test_the_packaged_model_needs_no_download_and_runs_no_foreign_code(
 def test_random_weights_make_a_bundle_that_says_so(models: Path) -> None:
     """The same seed is the same bundle; another seed, or a file, is refused under the same name."""
     messages: list[str] = []
-    made = get.get(LITE, models, random_seed=3, batch_sizes=(2,), notify=messages.append)
+    made = get.get(LITE, models, random_seed=3, notify=messages.append)
     assert made.card.origin["source"] == "random"
     assert made.card.origin["seed"] == 3
     assert made.card.origin["verified"] is False
@@ -260,7 +262,7 @@ def test_a_file_of_another_architecture_is_one_error_and_leaves_no_bundle(
 
 
 def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(
-    home: tuple[str, Path], models: Path
+    home: tuple[str, Path], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way of Graphcore's example: a Cadene-named legacy file by URL, batch 6; a rerun adds 8
     without a new download.
@@ -270,7 +272,10 @@ def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(
     arrays = {resnet.cadene_name(name): array for name, array in model.random(0).items()}
     pth_files.write_legacy(folder / "resnext101_32x4d-29e315fa.pth", arrays, python2=True)
     address = f"{url}/resnext101_32x4d-29e315fa.pth"
-    made = get.get("resnext101_32x4d", models, url=address, batch_sizes=(6,), policy=QUICK)
+    asked = ("get-model", "resnext101_32x4d", "--models-dir", str(models), "--url", address)
+    monkeypatch.setattr(download, "DOWNLOADING", QUICK)
+    assert main([*asked, "--batch-size", "6"]) == 0
+    made = bundle.load(models / "resnext101_32x4d")
     assert sorted(path.name for path in made.dir.iterdir()) == [
         "card.json",
         "model.onnx",
@@ -283,7 +288,7 @@ def test_cadenes_file_from_a_server_becomes_a_bundle_and_is_not_fetched_again(
     assert made.card.origin["verified"] is False
     assert made.card.origin["url"] == address
     assert list((models / ".downloads").iterdir()) == []
-    assert get.get("resnext101_32x4d", models, url=address, batch_sizes=(6, 8)) == made
+    assert main([*asked, "--batch-size", "6", "--batch-size", "8"]) == 0
     assert get.get("resnext101_32x4d", models) == made
     assert (made.dir / "model_8.onnx").is_file()
     assert len(Quiet.asked) == 1
@@ -300,23 +305,25 @@ def test_a_published_name_with_the_wrong_bytes_is_refused(
     place.parent.mkdir(parents=True)
     place.write_bytes(lite_file.read_bytes())
     monkeypatch.setenv("IMAGEMILL_MIRROR", url)
+    monkeypatch.setattr(download, "DOWNLOADING", QUICK)
     for by_hand in (None, f"{url}/download.pytorch.org/models/{place.name}"):
         with pytest.raises(DownloadError, match="should begin with 7cdf4587"):
-            get.get("resnext50_32x4d.tv_in1k", models, url=by_hand, policy=QUICK)
+            get.get("resnext50_32x4d.tv_in1k", models, url=by_hand)
     assert [path for path in models.rglob("*") if path.is_file()] == []
     assert Quiet.asked == ["/download.pytorch.org/models/resnext50_32x4d-7cdf4587.pth"] * 2
 
 
 def test_what_is_no_checkpoint_is_removed_after_the_download(
-    home: tuple[str, Path], models: Path
+    home: tuple[str, Path], models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no hash is published, the reader still refuses what is no checkpoint."""
     url, folder = home
+    monkeypatch.setattr(download, "DOWNLOADING", QUICK)
     (folder / "login").write_text("<html>Please log in</html>")
     with pytest.raises(
         CheckpointError, match=r"sent a file that is no checkpoint, which was removed.*web page"
     ):
-        get.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login", policy=QUICK)
+        get.get("resnext101_32x4d.gluon_in1k", models, url=f"{url}/login")
     assert [path for path in models.rglob("*") if path.is_file()] == []
 
 
@@ -383,12 +390,19 @@ def test_an_unknown_name_lists_what_there_is(name: str, message: str, models: Pa
     assert not models.exists()
 
 
-def test_origins_exclude_each_other(models: Path, lite_file: Path) -> None:
+def test_origins_exclude_each_other(
+    models: Path, lite_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Weights have one origin; a batch has at least one image."""
-    with pytest.raises(UsageError, match="exclude each other"):
-        get.get(LITE, models, from_file=lite_file, random_seed=1)
-    with pytest.raises(UsageError, match="a batch holds at least 1 image"):
-        get.get(LITE, models, batch_sizes=(0,))
+    asked = ("get-model", LITE, "--models-dir", str(models), "--random-weights", "1")
+    for flag, value in (("--from", str(lite_file)), ("--url", "http://x/y")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*asked, flag, value])
+        message = f"argument {flag}: not allowed with argument --random-weights"
+        assert message in capsys.readouterr().err
+    assert main([*asked, "--batch-size", "2", "--batch-size", "0"]) == 2
+    assert "--batch-size 0: a batch holds at least 1 image" in capsys.readouterr().err
+    assert not models.exists()
     with pytest.raises(CheckpointError, match="cannot be read: Not a directory"):
         get.get(LITE, models, from_file=lite_file / "no")
 

@@ -60,11 +60,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     monkeypatch.setattr(check.Run, "_rate", lambda _run, *given: made.rate(*given))
     monkeypatch.setattr(check.Run, "_answers", lambda _run, *given: made.answers(*given))
     monkeypatch.setattr(on_gpus.GpuRun, "_held_out_images", lambda _run: (held_out, made.decoding))
-    monkeypatch.setattr(
-        check_process,
-        "in_child",
-        lambda asked, notify: check.carry_out(asked, notify, run=on_gpus.GpuRun),
-    )
+    monkeypatch.setattr(check_process, "in_child", check.carry_out)
     monkeypatch.setattr(accuracy, "MIN_IMAGES", IMAGES)
     monkeypatch.setattr(accuracy, "MIN_AGREEMENT", dict.fromkeys(Precision, 0.5))
     monkeypatch.setattr(batch_size, "rule", lambda *_: 4)
@@ -117,7 +113,7 @@ def test_fp16_is_used_if_it_keeps_the_answers_and_saves_time(
     )
     assert card.lines[1].startswith("precision fp16: its agreement with fp32 is 1.0000")
     assert len(card.lines) == 2
-    assert list(variants.read(model.dir).gpus) == ["fp16 on H100 (132 SMs)"]
+    assert list(variants.read(model.dir)) == ["fp16 on H100 (132 SMs)"]
     assert auto() is FP16
     assert (card.computed, card.measured, len(card.lines)) == ([], [], 1)
     assert auto(chosen=(replace(GPU, model="T4 (40 SMs)"),)) is FP16

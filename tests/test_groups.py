@@ -11,7 +11,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from imagemill.models.architectures import graph, resnet
+from imagemill.models.architectures import resnet
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.backends.openvino import fold_constants
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -29,8 +29,8 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A ResNeXt with one block a stage, whose groups have 4, 8, 16 and 32 channels."""
     monkeypatch.setitem(resnet.BLOCKS, 14, (1, 1, 1, 1))
     built = resnet.ResNet(14, 32, 4)
-    prepared = graph.Prepared(224, 224, built.mean, built.std)
-    onnx.save(built.build(built.random(0), prepared), tmp_path / "model.onnx")
+    model = built.build(built.random(0), Recipe(), built.mean, built.std)
+    onnx.save(model, tmp_path / "model.onnx")
     return tmp_path / "model.onnx"
 
 

@@ -71,9 +71,8 @@ def built_from(arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
 
 
 def onnx_of(model: Architecture, arrays: dict[str, np.ndarray]) -> onnx.ModelProto:
-    recipe = model.recipe
-    prepared = graph.Prepared(recipe.height, recipe.width, model.mean, model.std)
-    return model.build(architectures.fitted(model, arrays), prepared)
+    fitted = architectures.fitted(model, arrays)
+    return model.build(fitted, model.recipe, model.mean, model.std)
 
 
 def run_openvino(model: bytes, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -321,7 +320,7 @@ def test_folding_is_done_in_double_precision() -> None:
     }
     g = graph.Graph(arrays, epsilon=1e-5)
     g.conv("x", "c", "b")
-    weight, bias = (onnx.numpy_helper.to_array(tensor) for tensor in g._weights)
+    weight, bias = (onnx.numpy_helper.to_array(tensor) for tensor in g.weights)
     scale = float(np.float32(1e-3)) / (float(np.float32(1e-4)) + 1e-5) ** 0.5
     assert weight.item() == np.float32(3.0 * scale)
     assert bias.item() == np.float32(1e4 - float(np.float32(12345.678)) * scale)

@@ -17,8 +17,9 @@ from PIL import Image
 import helpers
 import sample_images
 from imagemill.errors import ClassCountError, ModelError, UsageError
-from imagemill.models import bundle, evaluate
+from imagemill.models import bundle
 from imagemill.models import card as cards
+from imagemill.models.custom import check as custom_check
 from imagemill.models.custom import metadata, wrap
 from imagemill.records import Bundle, Centre, Scores
 from onnx_files import complete, head, saved, silent, small, turned
@@ -49,7 +50,7 @@ def built(file: Path, **given: Any) -> Bundle:
 
 def answers(made: Bundle, pixels: np.ndarray = PIXELS) -> dict[str, np.ndarray]:
     """Return the answers of a bundle to a batch of pixels."""
-    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = custom_check.answers(made.dir / bundle.MODEL, [pixels])
     return found
 
 

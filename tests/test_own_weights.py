@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 import pth_files
 from imagemill.errors import CheckpointError
 from imagemill.models import architectures
-from imagemill.models.architectures import ARCHITECTURES, Architecture, graph, resnet
+from imagemill.models.architectures import ARCHITECTURES, Architecture, resnet
 from imagemill.models.checkpoints import checkpoint
+from imagemill.records import Recipe
 from test_models_golden import run_openvino
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,8 +45,8 @@ def logits_of(case: str, arrays: Arrays) -> np.ndarray:
     """What the network that the arrays are recognised as returns for the golden images."""
     model = architectures.recognise(arrays, case.partition("/")[2])
     height, width = CASES[case]["size"]
-    prepared = graph.Prepared(height, width, model.mean, model.std)
-    built = model.build(architectures.fitted(model, arrays), prepared)
+    fitted = architectures.fitted(model, arrays)
+    built = model.build(fitted, Recipe(height, width), model.mean, model.std)
     return run_openvino(built.SerializeToString(), recipe.pixels_of(height, width))[0]
 
 
@@ -208,10 +209,8 @@ def test_a_head_may_stand_in_a_sequence_or_be_missing() -> None:
     arrays = {name: array for name, array in zeros(model).items() if not name.startswith("fc.")}
     headless = architectures.recognise(arrays)
     assert headless == resnet.ResNet(18, classes=0)
-    built = headless.build(
-        architectures.fitted(headless, arrays),
-        graph.Prepared(224, 224, headless.mean, headless.std),
-    )
+    fitted = architectures.fitted(headless, arrays)
+    built = headless.build(fitted, Recipe(), headless.mean, headless.std)
     assert [output.name for output in built.graph.output] == ["embedding"]
     onnx.checker.check_model(built, full_check=True)
     two = {**zeros(model), "fc.0.weight": np.zeros((8, 512)), "fc.3.weight": np.zeros((3, 8))}
@@ -250,7 +249,7 @@ def test_weights_that_fit_two_architectures_list_both() -> None:
     tf, plain = (
         run_openvino(
             model.build(
-                architectures.fitted(model, arrays), graph.Prepared(224, 224, model.mean, model.std)
+                architectures.fitted(model, arrays), Recipe(), model.mean, model.std
             ).SerializeToString(),
             recipe.pixels(1),
         )[0]

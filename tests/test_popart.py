@@ -509,9 +509,12 @@ def test_what_popart_cannot_read_is_an_error_before_it_is_started(
     assert not popart_standin.calls(folder)
 
 
-def test_weights_in_a_file_of_their_own_are_too_large(tmp_path: Path) -> None:
+def test_weights_in_a_file_of_their_own_are_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PopART's graphs are one message of protobuf each, which ends at 2 GiB."""
-    large = bundle.write(tmp_path / "large", TINY_CARD, tiny_model(), external_from=1)
+    monkeypatch.setattr(bundle, "EXTERNAL_FROM", 1)
+    large = bundle.write(tmp_path / "large", TINY_CARD, tiny_model())
     with pytest.raises(
         errors.ModelError,
         match=(

@@ -28,7 +28,7 @@ import sample_images
 from imagemill.errors import Interrupted, ModelError, UsageError, WorkerError
 from imagemill.models import bundle as bundles
 from imagemill.models import variants
-from imagemill.models.architectures import graph, resnet
+from imagemill.models.architectures import resnet
 from imagemill.models.variants import PrecisionRecord
 from imagemill.pipeline.backends import open_session, openvino_rewrites
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -127,7 +127,6 @@ def make_bundle(folder: Path, **options: float) -> Bundle:
         sha256="",
         licence="Apache-2.0",
         origin={"source": "file"},
-        notes={"keep": "this"},
     )
     return bundles.write(folder, card, classifier(**options))
 
@@ -176,15 +175,9 @@ def record(
     candidate = reference.copy()
     candidate[agree:] = 9 - candidate[agree:]
     comparison = accuracy.compare(reference, candidate)
+    versions, unit, _ = check._circumstances(Precision.BF16)
     return replace(
-        PrecisionRecord(
-            comparison,
-            "id",
-            bundle.card.sha256,
-            quantize.versions(),
-            check.instruction_set(),
-            bundle.card.recipe,
-        ),
+        PrecisionRecord(comparison, "id", bundle.card.sha256, versions, unit, bundle.card.recipe),
         **(
             {
                 "group_channels": openvino_rewrites.wanted(Precision.BF16, cpu.flags()),
@@ -207,8 +200,8 @@ def test_every_grouped_convolution_runs_in_int8(
     """
     monkeypatch.setitem(resnet.BLOCKS, 14, (1, 1, 1, 1))
     network = resnet.ResNet(14, 32, 4)
-    prepared = graph.Prepared(224, 224, network.mean, network.std)
-    onnx.save(network.build(network.random(0), prepared), tmp_path / "model.onnx")
+    built = network.build(network.random(0), Recipe(), network.mean, network.std)
+    onnx.save(built, tmp_path / "model.onnx")
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 256, (1, 224, 224, 3), dtype=np.uint8) for _ in range(3)]
     saved = quantize.save(quantize.quantize(tmp_path / "model.onnx", pixels), tmp_path)
@@ -341,21 +334,21 @@ def test_a_result_is_written_beside_the_others_and_not_to_the_card(tmp_path: Pat
     bf16, int8 = record(bundle), record(bundle, accepted=False, file="int8-a.xml")
     variants.write(tmp_path, bf16=bf16)
     variants.write(tmp_path, int8=int8)  # by a caller that has not seen the first
-    assert variants.read(tmp_path) == variants.Precisions(int8, bf16)
+    assert variants.read(tmp_path) == {"bf16": bf16, "int8": int8}
     assert (tmp_path / "card.json").read_bytes() == card
 
 
 def test_precisions_json_is_checked_when_it_is_read(tmp_path: Path) -> None:
     """A wrong type is one error with file, key and remedy."""
     bundle = make_bundle(tmp_path)
-    assert variants.read(tmp_path) == variants.Precisions()
+    assert variants.read(tmp_path) == {}
     variants.write(tmp_path, bf16=record(bundle))
     file = tmp_path / "accuracy.json"
     file.write_text(file.read_text().replace('"images": 200', '"images": "many"'))
     with pytest.raises(ModelError) as caught:
         precisions.choose(bundle, 10)
     assert str(caught.value) == (
-        f"{file} cannot be read: bf16.comparison.images: expected `int`, got `str`. Remove it;"
+        f"{file} cannot be read: [...].comparison.images: expected `int`, got `str`. Remove it;"
         " `imagemill quantize` writes it again."
     )
 
@@ -364,7 +357,7 @@ def test_a_new_model_in_the_folder_drops_the_results(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path)
     variants.write(tmp_path, bf16=record(bundle))
     bundles.write(tmp_path, bundle.card, onnx.load(tmp_path / "model.onnx"))
-    assert variants.read(tmp_path) == variants.Precisions()
+    assert variants.read(tmp_path) == {}
 
 
 @pytest.mark.parametrize("name", ["../model.xml", "/etc/passwd", "int8-a.onnx", "", None])
@@ -393,14 +386,13 @@ def test_a_changed_variant_is_not_used(tmp_path: Path) -> None:
 def test_calibration_and_held_out_never_share_an_entry(
     available: int, calibration: int, held_out: int
 ) -> None:
-    entries = [Entry(0, b"%d" % number, 1) for number in range(available)]
-    first, rest = images.divide(entries, calibration, held_out)
-    assert [*first, *rest] == entries
+    first = images.calibration_share(available, calibration, held_out)
+    assert 0 <= first <= available
     if available >= calibration + held_out:
-        assert len(first) >= calibration
-        assert len(rest) >= held_out
+        assert first >= calibration
+        assert available - first >= held_out
     elif available and calibration:
-        assert 1 <= len(first) <= calibration
+        assert 1 <= first <= calibration
 
 
 @given(st.integers(0, 2000), st.integers(1, 300))
@@ -421,7 +413,8 @@ def test_a_sample_is_of_all_sources_and_not_of_their_beginning() -> None:
     """
     entries = (Entry(place // 4000, b"%d" % place, 1) for place in range(12_000))
     chosen, _ = images.sample(entries, 2600)
-    for part in images.divide(chosen, 300, 1000):
+    first = images.calibration_share(len(chosen), 300, 1000)
+    for part in (chosen[:first], chosen[first:]):
         quarters = Counter(int(entry.path) // 1000 for entry in part)
         assert min(quarters.values()) > len(part) / 12 / 2
         assert len(quarters) == 12
@@ -651,7 +644,7 @@ def test_a_stricter_bound_is_kept_with_the_result(
             bundle, [str(colours)], chosen=CPU, min_agreement=bound, **options
         )
         assert report.precisions["int8"].comparison.accepted is accepted
-        assert variants.read(tmp_path).int8.comparison.min_agreement == bound
+        assert variants.read(tmp_path)["int8"].comparison.min_agreement == bound
     with pytest.raises(UsageError, match=r"--min-agreement 1\.5: must be from 0 to 1"):
         command.quantize_bundle(bundle, [str(colours)], chosen=CPU, min_agreement=1.5)
 
@@ -710,7 +703,7 @@ def test_fewer_images_take_nothing_from_more(tmp_path: Path, colours: Path, here
     kept = command.quantize_bundle(bundle, [str(some)], chosen=CPU, calibration=20).precisions
     assert not kept["int8"].comparison.accepted
     command.quantize_bundle(bundles.load(bundle.dir), [str(few)], chosen=CPU, calibration=1)
-    assert variants.read(bundle.dir).int8 == kept["int8"]
+    assert variants.read(bundle.dir)["int8"] == kept["int8"]
 
 
 def test_few_images_take_nothing_from_a_result_on_enough(
@@ -730,7 +723,7 @@ def test_few_images_take_nothing_from_a_result_on_enough(
     assert "  not kept: what was accepted before, on more images, stays" in command.report_lines(
         few
     )
-    assert variants.read(tmp_path).int8 == accepted
+    assert variants.read(tmp_path)["int8"] == accepted
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [
         f"{Path(accepted.file).stem}.bin",
         accepted.file,
@@ -740,7 +733,7 @@ def test_few_images_take_nothing_from_a_result_on_enough(
     again = command.quantize_bundle(
         bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20
     )
-    assert variants.read(tmp_path).int8 == again.precisions["int8"]
+    assert variants.read(tmp_path)["int8"] == again.precisions["int8"]
     assert (tmp_path / again.precisions["int8"].file).is_file()
 
 
@@ -777,7 +770,7 @@ def test_auto_refuses_int8_and_falls_back_to_bf16_aloud(
         "model",
         tmp_path / "model.onnx",
     )
-    int8, bf16 = (record.comparison.reason for record in variants.read(tmp_path).named().values())
+    int8, bf16 = (record.comparison.reason for record in variants.read(tmp_path).values())
     assert prepared.lines == (f"precision bf16: {bf16}. int8 is not used: {int8}",)
     assert messages[0].startswith(
         "checking whether colours keeps its answers in int8 (takes about "
@@ -800,7 +793,7 @@ def test_auto_falls_back_to_fp32_aloud_and_pays_for_the_results_once(
     bundle = make_bundle(tmp_path, offset=1e5)
     prepared = auto(bundle, colours)
     assert prepared.precision is Precision.FP32
-    int8, bf16 = (record.comparison.reason for record in variants.read(tmp_path).named().values())
+    int8, bf16 = (record.comparison.reason for record in variants.read(tmp_path).values())
     assert prepared.lines == (
         f"precision fp32. int8 is not used: {int8}. bf16 is not used: {bf16}",
     )
@@ -862,13 +855,12 @@ def test_an_accuracy_check_is_worthwhile_for_large_jobs_of_slow_models() -> None
     for precision in (Precision.INT8, Precision.BF16):
         for job, rate, expected in (
             (1_400, 0, False),
+            (10_000, 0, True),
             (10_000, 12.5, True),
             (10_000, 5e3, False),
         ):
             cost, gain = check.cost_and_gain(precision, job, 300, 1000, rate=rate)
             assert (gain > cost) is expected
-    assert not check.is_worthwhile(Precision.INT8, 1_400, 300, 1000)
-    assert check.is_worthwhile(Precision.INT8, 10_000, 300, 1000)
 
 
 def test_an_accuracy_check_that_is_not_worthwhile_ends_before_the_first_image(
@@ -938,11 +930,11 @@ def test_int8_made_from_few_images_is_made_again_by_a_larger_job(
     """And then used by small jobs, too. Jobs with the first file keep it."""
     make_bundle(tmp_path)
     small = explicit_int8(tmp_path, colours, 3)
-    assert variants.read(tmp_path).int8.calibration.images == 2
+    assert variants.read(tmp_path)["int8"].calibration.images == 2
     assert explicit_int8(tmp_path, colours, 4) == small  # no more than one image more
     large = explicit_int8(tmp_path, colours, 30)
     assert large.model_file != small.model_file
-    assert variants.read(tmp_path).int8.calibration.images == 24
+    assert variants.read(tmp_path)["int8"].calibration.images == 24
     assert "of 6 held-out images" in large.lines[0]
     assert explicit_int8(tmp_path, colours, 3) == large
     assert explicit_int8(tmp_path, colours, 37) == large  # 29 images are not twice as many
@@ -996,8 +988,8 @@ def test_int8_of_few_images_is_made_again_however_many_were_held_out(
     first = command.quantize_bundle(bundle, [str(colours)], chosen=CPU, calibration=2)
     assert not first.precisions["int8"].comparison.accepted
     made = explicit_int8(tmp_path, colours, 37)
-    assert variants.read(tmp_path).int8.calibration.images == 29
-    assert made.model_file.name == variants.read(tmp_path).int8.file
+    assert variants.read(tmp_path)["int8"].calibration.images == 29
+    assert made.model_file.name == variants.read(tmp_path)["int8"].file
 
 
 def test_int8_that_cannot_be_made_better_stays(
@@ -1011,7 +1003,7 @@ def test_int8_that_cannot_be_made_better_stays(
         shutil.copy(file, some)
     readable = sorted(some.iterdir())
     small = explicit_int8(tmp_path / "model", some, 6)
-    kept = variants.read(tmp_path / "model").int8
+    kept = variants.read(tmp_path / "model")["int8"]
     for number in range(30):
         (some / f"broken{number}.ppm").write_bytes(b"P6 32 32 255 ")
     for file in readable[:3]:
@@ -1027,7 +1019,7 @@ def test_int8_that_cannot_be_made_better_stays(
     assert messages[2].startswith("int8 is not calibrated again: ")
     monkeypatch.setattr(quantize, "is_installed", lambda: False)
     assert explicit_int8(tmp_path / "model", colours, 36) == small
-    assert variants.read(tmp_path / "model").int8 == kept
+    assert variants.read(tmp_path / "model")["int8"] == kept
     precisions.verify_variant(small.model_file, small.sha256)
 
 
@@ -1063,7 +1055,7 @@ def test_an_int8_file_that_jobs_use_survives_quantising_on_its_images(
     record = check.carry_out(replace(again, entries=tuple(some)))["int8"]
     assert not record.kept
     precisions.verify_variant(small.model_file, small.sha256)
-    kept = {small.model_file.name, variants.read(tmp_path).int8.file}
+    kept = {small.model_file.name, variants.read(tmp_path)["int8"].file}
     assert {file.name for file in tmp_path.glob("int8-*.xml")} == kept
 
 

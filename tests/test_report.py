@@ -401,7 +401,7 @@ def test_the_accuracy_check_is_shown_if_a_precision_was_checked(
         accepted=True,
         reason="<b>it agrees</b>",
         min_agreement=0.95,
-        flips=(variants.Flip("<i>a.jpg", "tench", 0.75, "<b>carp", 0.5, was_sure=True),),
+        flips=(variants.Flip("<i>a.jpg", "tench", 0.75, "<b>carp", 0.5),),
     )
     record = variants.PrecisionRecord(
         comparison,

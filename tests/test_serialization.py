@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pytest
-from msgspec.structs import replace
 
 from imagemill.errors import ModelError, OutputError
-from imagemill.records import Card, Limits, Recipe, Status
+from imagemill.records import Limits, Recipe, Status
 from imagemill.system import serialization
-from tiny import TINY_CARD
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +79,3 @@ def test_the_message_names_the_file_and_the_key(old, new, message):
 def test_unknown_keys_are_ignored():
     data = serialization.encode(DOCUMENT).replace(b"{", b'{"new": 1,', 1)
     assert serialization.decode(data, Document, "job.json", OutputError) == DOCUMENT
-
-
-def test_a_value_of_any_type_is_read_as_it_is():
-    """A model card's notes hold what is known of its variants."""
-    card = replace(TINY_CARD, notes={"variants": {"int8": {"speedup": 1.5}}, "images": 5})
-    assert serialization.from_plain(Card, serialization.to_plain(card)) == card

@@ -25,8 +25,9 @@ from onnx import TensorProto, helper, numpy_helper
 import helpers
 from batches import batches, make_spec, rows
 from imagemill import errors
-from imagemill.models import bundle, evaluate, variants
+from imagemill.models import bundle, variants
 from imagemill.models.architectures import resnet
+from imagemill.models.custom import check as custom_check
 from imagemill.models.custom import wrap
 from imagemill.models.folders import folder as folders
 from imagemill.pipeline.backends import library_versions, open_session
@@ -173,7 +174,7 @@ def test_model_folders_answer_as_onnx_runtime_does(name: str, tmp_path: Path) ->
     recipe = made.card.recipe
     shape = (3, recipe.height, recipe.width, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    (expected,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
+    (expected,) = custom_check.answers(made.dir / bundle.MODEL, [pixels])
     expected = expected["logits" if made.card.has_head else "embedding"]
     for precision, within in ((Precision.FP32, 1e-4), (Precision.BF16, 0.05)):
         session = make(made, precision=precision)
@@ -992,9 +993,9 @@ def test_the_accuracy_check_of_a_card_compares_it_with_itself_in_fp32(
         model, (str(tmp_path / "images"),), entries, (0,), Limits(), (Precision.FP16,),
         gpus=(gpu,), min_agreement=0.5, **limits,
     )  # fmt: skip
-    found = check.carry_out(asked, run=GpuRun)["fp16"]
+    found = check.carry_out(asked)["fp16"]
     assert (found.comparison.images, found.comparison.agreement) == (6, 1.0)
     assert found.versions == library_versions("torch")
     assert (found.instruction_set, found.group_channels) == ("Card (1 SMs)", 0)
-    assert variants.read(model.dir).get("fp16 on Card (1 SMs)") == found
+    assert variants.read(model.dir)["fp16 on Card (1 SMs)"] == found
     assert standin.captures == 4, "a rate and the answers, in fp32 and fp16"

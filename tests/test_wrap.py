@@ -25,9 +25,10 @@ from imagemill import api, cli
 from imagemill.cli import make_parser
 from imagemill.errors import ClassCountError, JobMismatchError, ModelError, UsageError
 from imagemill.job.open_job import OpenJob
-from imagemill.models import bundle, evaluate
+from imagemill.models import bundle
 from imagemill.models import card as cards
 from imagemill.models import resolve as models_resolve
+from imagemill.models.custom import check as custom_check
 from imagemill.models.custom import wrap
 from imagemill.models.custom.assemble import assemble
 from imagemill.models.custom.graph import examine
@@ -91,7 +92,7 @@ def answers_of(
     wrap.wrap(file, complete(file, **given))
     made = wrap.bundle_for(file, models_dir, silent)
     bundle.verify_hash(made)
-    (found,) = evaluate.answers(made.dir / bundle.MODEL, [fixture_pixels(size)])
+    (found,) = custom_check.answers(made.dir / bundle.MODEL, [fixture_pixels(size)])
     return found["logits"], found.get("embedding")
 
 
@@ -243,7 +244,7 @@ def test_its_embedding_is_what_its_last_layer_reads(nsfw: Path, tmp_path: Path) 
     """
     made = wrap.bundle_for(nsfw, tmp_path, silent)
     pixels = np.stack([np.asarray(sample_images.photograph(224, 224, seed)) for seed in range(2)])
-    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = custom_check.answers(made.dir / bundle.MODEL, [pixels])
     model = onnx.load(str(nsfw))
     (tensor,) = {node.input[0] for node in model.graph.node if node.op_type == "MatMul"}
     model.graph.output.append(helper.make_tensor_value_info(tensor, TensorProto.FLOAT, None))
@@ -279,7 +280,7 @@ def test_opset_and_ir_version_are_kept_and_names_cannot_clash(tmp_path: Path) ->
     assert [value.name for value in model.graph.output] == ["logits", "embedding"]
     assert made.card.normalised == "normalised"
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = custom_check.answers(made.dir / bundle.MODEL, [pixels])
     np.testing.assert_allclose(found["embedding"], pixels.mean(axis=(1, 2)), rtol=1e-5)
 
 
@@ -294,7 +295,7 @@ def test_models_that_take_bytes_or_halves_are_fed_so(
     wrap.wrap(file, complete(file, color="BGR", **bytes_or_halves))
     made = wrap.bundle_for(file, tmp_path / "models", silent)
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = custom_check.answers(made.dir / bundle.MODEL, [pixels])
     expected = pixels.mean(axis=(1, 2)) - ([0, 0, 0] if kind == TensorProto.UINT8 else [10, 20, 30])
     np.testing.assert_allclose(found["embedding"], expected[:, ::-1], rtol=1e-3, atol=1e-2)
 
@@ -328,7 +329,7 @@ def test_weights_beside_the_file_come_along(tmp_path: Path) -> None:
 
 
 def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
-    exported: Callable[[str], Path], tmp_path: Path
+    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beyond protobuf's 2 GiB a bundle keeps weights beside the graph; those that are not raw bytes
     in the custom file too.
@@ -343,15 +344,15 @@ def test_weights_spelt_as_numbers_survive_a_weights_file_of_their_own(
     read = cards.ReadCard(cards.ModelCard(scale=255))
     plan = examine(file, model, read)
     assemble(model, plan)
+    monkeypatch.setattr(bundle, "EXTERNAL_FROM", 1)
     made = bundle.write(
         tmp_path / "large",
         wrap._bundle_card(plan, wrap.Source(file, model, read, "key")),
         model,
-        external_from=1,
     )
     assert (made.dir / bundle.DATA).is_file()
     pixels = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3), np.uint8)
-    (found,) = evaluate.answers(made.dir / bundle.MODEL, [pixels])
+    (found,) = custom_check.answers(made.dir / bundle.MODEL, [pixels])
     np.testing.assert_allclose(found["logits"], pixels.mean(axis=(1, 2)) @ values, rtol=1e-4)
 
 
@@ -752,7 +753,7 @@ def test_a_squashing_recipe_survives_cards_and_jobs(
             for row in rows
         ]
         cut = [np.asarray(image)[5:45, 10:50] for image in squashed]
-        (found,) = evaluate.answers(made.dir / bundle.MODEL, [np.stack(cut)])
+        (found,) = custom_check.answers(made.dir / bundle.MODEL, [np.stack(cut)])
         assert [
             item.logits.tolist()
             for item in opened.predict(tmp_path / "images" / row["path"] for row in rows)
@@ -957,7 +958,7 @@ def test_the_documented_card_is_a_card(tmp_path: Path) -> None:
     )
     card = cards.read_card(tmp_path / "x.card.json").card
     assert (card.mean, card.color, card.labels) == ((123, 117, 104), "BGR", ("a", "b"))
-    (tmp_path / "y.card.json").write_text(cards.card_text(card))
+    (tmp_path / "y.card.json").write_text(cards.card_text(card, cards.ModelCard.__struct_fields__))
     assert cards.read_card(tmp_path / "y.card.json").card == card, "what is written is read back"
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 import sample_images
 from imagemill.models import bundle
 from imagemill.models.architectures import graph
-from tiny import CLASSES, LABELS, SIZE, TINY_CARD
+from tiny import CLASSES, LABELS, TINY_CARD
 
 _CHANNELS = 16
 _GROUPS = 4
@@ -40,9 +40,8 @@ def write_model(folder: Path) -> None:
     y = relu(g.conv(y, "conv2", "conv2.bn", pads=around, group=_GROUPS))
     y = g.conv(y, "conv3", "conv3.bn")
     g.classify(relu(g.node("Add", [y, x], "sum")), "fc")
-    prepared = graph.Prepared(SIZE, SIZE, TINY_CARD.mean, TINY_CARD.std)
     card = replace(TINY_CARD, labels=LABELS)
-    bundle.write(folder / "tiny", card, g.model("tiny", prepared, CLASSES, _CHANNELS))
+    bundle.write(folder / "tiny", card, g.model("tiny", TINY_CARD.recipe, CLASSES, _CHANNELS))
 
 
 def write_images(folder: Path, count: int) -> None:

@@ -187,7 +187,6 @@ class Card(Struct, frozen=True):
     """A network without a head has only `embedding`."""
     top1: float | None = None
     """Published top-1 accuracy on ImageNet, per cent."""
-    notes: Mapping[str, object] = {}
 
     @property
     def has_head(self) -> bool:

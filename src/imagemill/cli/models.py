@@ -59,7 +59,8 @@ def _models(parsed: argparse.Namespace) -> int:
 def _add_get_model(command: Command) -> None:
     sub = command("get-model", _get_model, "download a published model, or build one from a file")
     sub.add_argument("name", metavar="NAME", help="name of the model; see `imagemill models`")
-    sub.add_argument(
+    origin = sub.add_mutually_exclusive_group()
+    origin.add_argument(
         "--from",
         dest="from_file",
         metavar="SOURCE",
@@ -69,10 +70,10 @@ def _add_get_model(command: Command) -> None:
             " yours to choose"
         ),
     )
-    sub.add_argument(
+    origin.add_argument(
         "--url", metavar="URL", help="download from this URL instead of the publisher's"
     )
-    sub.add_argument(
+    origin.add_argument(
         "--random-weights", type=int, metavar="SEED", help="use random weights, to measure speed"
     )
     sub.add_argument(
@@ -94,9 +95,9 @@ def _get_model(parsed: argparse.Namespace) -> int:
     from imagemill.system import userdirs
 
     folder, source = _models_dir(parsed), parsed.from_file
+    if (smallest := min(parsed.batch_size, default=1)) < 1:
+        raise UsageError(f"--batch-size {smallest}: a batch holds at least 1 image.")
     if source and resolve.is_folder(source):
-        if parsed.url or parsed.random_weights is not None:
-            raise UsageError("--from, --url and --random-weights exclude each other. Give one.")
         made = resolve.get_from(
             parsed.name,
             source,
@@ -105,8 +106,6 @@ def _get_model(parsed: argparse.Namespace) -> int:
             notify=log,
             progress=DownloadDisplay(),
         )
-        for size in parsed.batch_size:
-            bundle.freeze(made, size)
     else:
         made = get.get(
             parsed.name,
@@ -115,10 +114,11 @@ def _get_model(parsed: argparse.Namespace) -> int:
             url=parsed.url,
             random_seed=parsed.random_weights,
             given=given_preprocessing(parsed),
-            batch_sizes=tuple(parsed.batch_size),
             notify=log,
             progress=DownloadDisplay(),
         )
+    for size in parsed.batch_size:
+        bundle.freeze(made, size)
     print(made.dir)
     _log_ready(parsed.name, parsed.models_dir)
     return 0

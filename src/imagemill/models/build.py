@@ -18,7 +18,6 @@ from imagemill.errors import ClassCountError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
 from imagemill.models.architectures import Architecture, fitted
-from imagemill.models.architectures.graph import Prepared
 from imagemill.models.card import Color, ModelCard, ReadCard
 from imagemill.models.labels import imagenet_labels
 from imagemill.models.preprocessing import normalisation, with_normalisation, with_recipe
@@ -96,8 +95,7 @@ def build(
         outputs=("logits", "embedding") if architecture.classes else ("embedding",),
         top1=top1,
     )
-    model = architecture.build(arrays, Prepared(recipe.height, recipe.width, mean, std))
-    return bundles.write(folder, bundle_card, model)
+    return bundles.write(folder, bundle_card, architecture.build(arrays, recipe, mean, std))
 
 
 def usual(

@@ -13,9 +13,10 @@ models made here name `model.onnx.data` only, and `custom.wrap` checks the files
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -297,12 +298,16 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def key_of(paths: Iterable[Path], *facts: object) -> str:
+    """Return a hash of files, and of facts that JSON can hold: all that decides a bundle."""
+    state = [[sha256(file) for file in paths], *facts]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
 # ── writing ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def write(
-    folder: Path, card: Card, model: onnx.ModelProto, *, external_from: int = EXTERNAL_FROM
-) -> Bundle:
+def write(folder: Path, card: Card, model: onnx.ModelProto) -> Bundle:
     """Write a bundle; the files appear whole, the card last. The model is consumed where its
     weights go into a file of their own.
 
@@ -311,7 +316,6 @@ def write(
         removed.
         card: its `sha256` is filled in here.
         model: with all weights inside.
-        external_from: bytes of weights from which they go into `model.onnx.data`.
 
     Raises:
         ModelError: the folder cannot be written.
@@ -320,7 +324,7 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         for stale in (folder / CARD, folder / "accuracy.json", *folder.glob("model_*.onnx")):
             stale.unlink(missing_ok=True)
-        if sum(len(tensor.raw_data) for tensor in model.graph.initializer) >= external_from:
+        if sum(len(tensor.raw_data) for tensor in model.graph.initializer) >= EXTERNAL_FROM:
             files.write_whole(folder / DATA, _move_weights_out(model))
         files.write_whole(folder / MODEL, model.SerializeToString())
         card = replace(card, sha256=sha256(folder / MODEL))

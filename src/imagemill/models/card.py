@@ -237,18 +237,15 @@ def read_card(path: Path) -> ReadCard:
     return read
 
 
-def card_text(card: ModelCard, chosen: Collection[str] | None = None) -> str:
+def card_text(card: ModelCard, chosen: Collection[str]) -> str:
     """Return a card as its file holds it.
 
     Args:
         card: its values.
         chosen: names of the fields that somebody chose. All others are written as null, so that a
-            default never looks like a choice. None: all fields are written.
+            default never looks like a choice.
     """
-    values = {
-        name: value if chosen is None or name in chosen else None
-        for name, value in asdict(card).items()
-    }
+    values = {name: value if name in chosen else None for name, value in asdict(card).items()}
     return msgspec.json.format(msgspec.json.encode(values), indent=2).decode() + "\n"
 
 

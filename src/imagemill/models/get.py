@@ -1,17 +1,15 @@
 """The way from a name to a bundle on disk: `imagemill get-model`.
 
-NAME ─► on disk? ─► else FILE, URL, package or seed ─► arrays ─► bundle ─► frozen copies
+NAME ─► on disk? ─► else FILE, URL, package or seed ─► arrays ─► bundle
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -35,10 +33,6 @@ from imagemill.models.labels import check_labels
 from imagemill.models.published import Published
 from imagemill.records import Bundle
 from imagemill.system.messages import DownloadProgress, Notify
-
-if TYPE_CHECKING:
-    from imagemill.system.retry import RetryPolicy
-
 
 NAME: Final = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 """What a model may be called."""
@@ -64,7 +58,7 @@ class _Asked(Struct, frozen=True):
         """Hash of the given fields; None if there are none."""
         if not self.given:
             return None
-        return hashlib.sha256(json.dumps(self.given, sort_keys=True).encode()).hexdigest()
+        return bundles.key_of((), self.given)
 
 
 class _Weights(Struct, frozen=True):
@@ -80,10 +74,6 @@ class _Weights(Struct, frozen=True):
         return self.origin.get("url") or self.origin.get("file")
 
 
-def _silent(_: str) -> None:
-    """Say nothing."""
-
-
 def get(
     name: str,
     models_dir: Path,
@@ -92,13 +82,10 @@ def get(
     url: str | None = None,
     random_seed: int | None = None,
     given: Mapping[str, Any] | None = None,
-    batch_sizes: tuple[int, ...] = (),
-    notify: Notify = _silent,
+    notify: Notify = lambda _: None,
     progress: DownloadProgress | None = None,
-    policy: RetryPolicy | None = None,
 ) -> Bundle:
-    """Make the bundle `models_dir/NAME` unless it is there, and add the frozen copies that it
-    lacks.
+    """Make the bundle `models_dir/NAME` unless it is there.
 
     Args:
         name: a published name, `resnext101_32x4d`, or any other for weights of your own. If it is
@@ -110,38 +97,24 @@ def get(
         random_seed: stand-in weights instead of trained ones; they predict nothing, at full speed.
         given: preprocessing, labels (a file's path), scores and licence of your own weights, by
         field of ModelCard; None where unsaid.
-        batch_sizes: sizes to write `model_N.onnx` for.
         notify: takes one line at a time: licences, downloads, what was found.
-        policy: timeouts and attempts of the download; None: `download.DOWNLOADING`.
 
     Raises:
-        UsageError: the name is unknown, or arguments contradict each other.
+        UsageError: the name is unknown, or arguments do not go with it.
         ModelError: the bundle on disk is of another origin than the one asked for now, or cannot be
         written.
         CheckpointError: the weights file is damaged, hostile, or of no architecture that is built.
         DownloadError: the home cannot be reached or sends the wrong bytes.
     """
-    if sum(choice is not None for choice in (from_file, url, random_seed)) > 1:
-        raise UsageError(
-            "--from, --url and --random-weights exclude each other: weights have one origin. Give"
-            " one of them."
-        )
-    for size in batch_sizes:
-        if size < 1:
-            raise UsageError(f"--batch-size {size}: a batch holds at least 1 image.")
     asked = _Asked(name, from_file, url, random_seed, read_given(given or {}))
     _check_name(asked)
     found = on_disk(name, models_dir, explicit=not asked.is_published)
     if found is not None:
         _check_origin(found, asked)
         notify(f"{found.card.name} is here: {found.dir} ({bundles.describe_origin(found.card)})")
-    else:
-        _check_known(asked)
-        weights = _weights(asked, models_dir, notify, progress, policy)
-        found = _bundle(asked, weights, models_dir, notify)
-    for size in batch_sizes:
-        bundles.freeze(found, size)
-    return found
+        return found
+    _check_known(asked)
+    return _bundle(asked, _weights(asked, models_dir, notify, progress), models_dir, notify)
 
 
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────
@@ -261,11 +234,7 @@ def _sha256(file: Path) -> str:
 
 
 def _weights(
-    asked: _Asked,
-    models_dir: Path,
-    notify: Notify,
-    progress: DownloadProgress | None,
-    policy: RetryPolicy | None,
+    asked: _Asked, models_dir: Path, notify: Notify, progress: DownloadProgress | None
 ) -> _Weights:
     """Return the weights that were asked for, and recognise their architecture."""
     entry = published.find(asked.name)
@@ -296,7 +265,7 @@ def _weights(
     notify(f"{asked.name}: downloading {home}")
     target = models_dir / ".downloads" / asked.name
     prefix = entry.sha256_prefix if entry else None
-    digest = download.fetch(home, target, sha256_prefix=prefix, progress=progress, policy=policy)
+    digest = download.fetch(home, target, sha256_prefix=prefix, progress=progress)
     try:
         read = checkpoint.load(target, notify)
     except CheckpointError as error:
@@ -383,7 +352,7 @@ def _bundle(asked: _Asked, weights: _Weights, models_dir: Path, notify: Notify) 
             read,
             origin,
             top1=top1,
-            notify=(lambda line: notify(f"{name}: {line}")) if is_told else _silent,
+            notify=(lambda line: notify(f"{name}: {line}")) if is_told else lambda _: None,
         )
     except CheckpointError as error:
         raise CheckpointError(f"{weights.place}: {error}") from error

@@ -26,9 +26,6 @@ def load() -> Any:
     Raises:
         UsageError: it is not installed.
     """
-    variable = "HF_HUB_DISABLE_TELEMETRY"
-    asked = variable in os.environ
-    os.environ.setdefault(variable, "1")
     try:
         import huggingface_hub
         from huggingface_hub import constants
@@ -36,10 +33,7 @@ def load() -> Any:
         raise UsageError(
             "hf: names need a package that is not installed. Type: pip install 'imagemill[hub]'"
         ) from error
-    finally:
-        if not asked:
-            del os.environ[variable]
-    if not asked:
+    if "HF_HUB_DISABLE_TELEMETRY" not in os.environ:
         constants.HF_HUB_DISABLE_TELEMETRY = True
     return huggingface_hub
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Final
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from imagemill.errors import ModelError, OutputError
 from imagemill.models import bundle as bundles
@@ -42,7 +41,6 @@ class Flip(Struct, frozen=True):
     """The faster precision's answer."""
     probability: float
     """Probability of its most probable class."""
-    was_sure: bool
 
 
 class TrueAccuracy(Struct, frozen=True):
@@ -128,28 +126,9 @@ class PrecisionRecord(Struct, frozen=True):
         return self.images_per_second / self.fp32_images_per_second if both else None
 
 
-class Precisions(Struct, frozen=True):
-    """`accuracy.json`."""
-
-    int8: PrecisionRecord | None = None
-    bf16: PrecisionRecord | None = None
-    gpus: Mapping[str, PrecisionRecord] = {}
-    """Records by precision and model of GPU: `fp16 on NVIDIA H100 (132 SMs)`."""
-
-    def get(self, name: str) -> PrecisionRecord | None:
-        """Return the record of a precision on the CPU, or of a key of `gpus`, or None."""
-        found: PrecisionRecord | None = self.gpus.get(name) or getattr(self, name, None)
-        return found
-
-    def named(self) -> Mapping[str, PrecisionRecord]:
-        """Return the records by precision."""
-        both = {"int8": self.int8, "bf16": self.bf16}
-        known = {name: record for name, record in both.items() if record is not None}
-        return known | dict(self.gpus)
-
-
-def read(folder: Path) -> Precisions:
-    """Read a bundle's `accuracy.json`; it is empty if there is no such file.
+def read(folder: Path) -> dict[str, PrecisionRecord]:
+    """Read a bundle's `accuracy.json`: precision → record, for a GPU with its model, as in `fp16 on
+    NVIDIA H100 (132 SMs)`. It is empty if there is no such file.
 
     Raises:
         ModelError: the file cannot be read, or a value has the wrong type.
@@ -159,22 +138,19 @@ def read(folder: Path) -> Precisions:
     try:
         data = file.read_bytes()
     except FileNotFoundError:
-        return Precisions()
+        return {}
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}. {remedy}") from error
-    return serialization.decode(data, Precisions, str(file), ModelError, remedy)
+    return serialization.decode(data, dict[str, PrecisionRecord], str(file), ModelError, remedy)
 
 
-def write(folder: Path, **records: PrecisionRecord) -> Precisions:
+def write(folder: Path, **records: PrecisionRecord) -> dict[str, PrecisionRecord]:
     """Add records by name to a bundle's `accuracy.json`, which is replaced as a whole.
 
     Raises:
         ModelError: the file cannot be read or written.
     """
-    found = read(folder)
-    gpus = {name: record for name, record in records.items() if not hasattr(found, name)}
-    others = {name: record for name, record in records.items() if name not in gpus}
-    found = replace(found, gpus={**found.gpus, **gpus}, **others)
+    found = read(folder) | records
     try:
         files.write_whole(folder / ACCURACY, serialization.encode(found))
     except OutputError as error:

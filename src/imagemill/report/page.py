@@ -261,7 +261,7 @@ def _accuracy(frozen: Frozen) -> list[dict[str, Any]]:
     try:
         if bundle.load(file.parent).card.sha256 != session.card.sha256:
             return []
-        records = variants.read(file.parent).named()
+        records = variants.read(file.parent)
     except (ImagemillError, OSError):
         return []
     device = frozen.fixed.get("device")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from imagemill.errors import UsageError, counted
+from imagemill.models.labels import read_text
 from imagemill.records import Card, Settings
 
 
@@ -36,14 +37,8 @@ def read_file(file: Path, labels: Sequence[str]) -> tuple[float, ...]:
         UsageError: the file cannot be read, or does not fit the labels. The message names the line.
     """
     where = f"--min-probability {file}"
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(
-            f"{where} cannot be read: {reason}. Give a number from 0 to 1, or a CSV file with the"
-            " columns label and threshold."
-        ) from error
+    remedy = "Give a number from 0 to 1, or a CSV file with the columns label and threshold."
+    text = read_text(file, where, remedy)
     rows = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
     known, found = set(labels), dict[str, float]()
     try:

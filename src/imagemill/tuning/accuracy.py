@@ -108,15 +108,7 @@ def compare(
         min_agreement: minimum lower end of the interval for an accepted candidate.
         names: of the images, to name those with another answer; none: none are named.
         labels: of the classes.
-
-    Raises:
-        ValueError: the shapes differ or are not (n, classes).
     """
-    if reference.ndim != 2 or reference.shape != candidate.shape or reference.shape[1] < 1:
-        raise ValueError(
-            f"reference {reference.shape} and candidate {candidate.shape} must be one shape,"
-            " (images, classes)"
-        )
     known, finite = np.isfinite(reference).all(axis=1), np.isfinite(candidate).all(axis=1)
     compared = known | finite
     places = np.flatnonzero(compared)
@@ -165,7 +157,6 @@ def compare(
                 names[places[row]],
                 *_answer(before[row], labels, multi_label=multi_label),
                 *_answer(after[row], labels, multi_label=multi_label),
-                was_sure=bool(sure[row]),
             )
             for row in surest
         ),

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from imagemill.errors import counted
 from imagemill.models import bundle as bundles
 from imagemill.models import variants
-from imagemill.models.variants import Calibration, PrecisionRecord, Precisions
+from imagemill.models.variants import Calibration, PrecisionRecord
 from imagemill.pipeline.backends import library_versions, openvino_rewrites
 from imagemill.pipeline.session_checks import check_model
 from imagemill.pipeline.stopwatch import Stopwatch
@@ -39,7 +39,7 @@ from imagemill.records import (
 from imagemill.system import cpu
 from imagemill.system.messages import Notify
 from imagemill.tuning import accuracy, quantize
-from imagemill.tuning.images import Decoder, Image, divide, identity, sample
+from imagemill.tuning.images import Decoder, Image, calibration_share, identity, sample
 
 SPEEDUP: Final[Mapping[Precision, float]] = {Precision.INT8: 3.9, Precision.BF16: 2.0}
 """Over fp32, compute only, at best (docs/performance.md)."""
@@ -88,7 +88,7 @@ class AccuracyCheck(Struct, frozen=True):
     isolate: bool = False
     """Decode every image in a process of its own."""
     access: Access = AS_GIVEN
-    known: Precisions = field(default_factory=Precisions)
+    known: Mapping[str, PrecisionRecord] = {}
     """The bundle's records when the accuracy check was asked for."""
 
     @property
@@ -101,13 +101,6 @@ class AccuracyCheck(Struct, frozen=True):
     def with_sample(self, entries: Iterable[Entry]) -> AccuracyCheck:
         """Return the check with entries chosen from a listing of any length."""
         return replace(self, entries=tuple(sample(entries, self.wanted)[0]))
-
-
-def instruction_set() -> str:
-    """Return the widest int8 or bf16 unit of the processor: answers, and so results, may differ
-    between processors that differ in it.
-    """
-    return next(iter(cpu.vector_units(cpu.flags())), "plain")
 
 
 def cost_and_gain(
@@ -140,19 +133,10 @@ def cost_and_gain(
     return calibrating + held_out * (1 + slower) + _STARTING_S * rate, images * (1 - slower)
 
 
-def is_worthwhile(precision: Precision, images: int, calibration: int, held_out: int) -> bool:
-    """Return whether a job with the slowest of models saves more time with a precision than its
-    accuracy check takes.
-    """
-    cost, gain = cost_and_gain(precision, images, calibration, held_out)
-    return gain > cost
-
-
 def carry_out(
     asked: AccuracyCheck,
     notify: Notify = lambda _: None,
     at: Callable[[float | None], None] = lambda _: None,
-    run: type[Run] | None = None,
 ) -> dict[str, PrecisionRecord]:
     """Check the precisions in turn and write each result to the bundle's `accuracy.json`.
 
@@ -163,7 +147,6 @@ def carry_out(
         asked: what to check.
         notify: takes lines for the user.
         at: is called before each step with the seconds that it may take at most; None: not known.
-        run: how to check; None: as the CPU is checked.
 
     Returns:
         precision → record, of those that were checked now or before. Empty if no check is
@@ -178,7 +161,9 @@ def carry_out(
         now = variants.read(asked.bundle.dir)
         if asked.images is not None and not asked.gpus and now != asked.known:
             return {}  # another process wrote results while this one waited: the caller reads them
-        return (run or Run)(asked, now, notify, at).carry_out()
+        from imagemill.tuning.on_gpus import GpuRun  # a class of `Run`
+
+        return (GpuRun if asked.gpus else Run)(asked, now, notify, at).carry_out()
 
 
 class Run:
@@ -187,14 +172,15 @@ class Run:
     def __init__(
         self,
         asked: AccuracyCheck,
-        now: Precisions,
+        now: Mapping[str, PrecisionRecord],
         notify: Notify,
         at: Callable[[float | None], None],
     ) -> None:
         self._asked, self._now, self._notify, self._at = asked, now, notify, at
         self._onnx = asked.bundle.dir / bundles.MODEL
         calibration = asked.calibration if Precision.INT8 in asked.precisions else 0
-        self._first, self._rest = divide(asked.entries, calibration, asked.held_out)
+        first = calibration_share(len(asked.entries), calibration, asked.held_out)
+        self._first, self._rest = asked.entries[:first], asked.entries[first:]
         bundle, sources = asked.bundle, asked.sources
         self._held_out = identity(self._rest, asked.held_out, bundle, sources)
         self._calibrated_on = identity(self._first, calibration, bundle, sources)
@@ -442,7 +428,7 @@ def usable(
     bundle: Bundle,
     precision: Precision,
     gpu: DeviceSpec | None = None,
-    records: Precisions | None = None,
+    records: Mapping[str, PrecisionRecord] | None = None,
 ) -> PrecisionRecord | None:
     """Return the bundle's record of a precision if it is of this model, preprocessing, library
     version and kind of processor or GPU, and its int8 file is unchanged; else None.
@@ -484,10 +470,11 @@ def is_fast(record: PrecisionRecord) -> bool:
 def _circumstances(
     precision: Precision, gpu: DeviceSpec | None = None
 ) -> tuple[Mapping[str, str], str, int]:
-    """Return what a record depends on beside the model: library versions, the processor's widest
-    unit or the model of the GPU, and the width of merged groups.
+    """Return what a record depends on beside the model, because answers differ with it: library
+    versions, the processor's widest unit or the model of the GPU, and the width of merged groups.
     """
     if gpu is not None:
         return library_versions(gpu.backend), gpu.model, 0
     group_channels = openvino_rewrites.wanted(precision, cpu.flags())
-    return quantize.versions(), instruction_set(), group_channels
+    unit = next(iter(cpu.vector_units(cpu.flags())), "plain")
+    return quantize.versions(), unit, group_channels

@@ -98,12 +98,9 @@ def _work(connection: Connection) -> None:
     asked = connection.recv()
     assert isinstance(asked, AccuracyCheck)
     processes.pin_to_cores(asked.cores)
-    from imagemill.tuning.on_gpus import GpuRun  # which starts this process elsewhere
-
     found = carry_out(
         asked,
         lambda line: connection.send(Said(line)),
         lambda patience_s: connection.send(At(patience_s)),
-        GpuRun if asked.gpus else None,
     )
     connection.send(Checked(found))

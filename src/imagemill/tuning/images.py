@@ -60,14 +60,6 @@ def sample(entries: Iterable[Entry], count: int) -> tuple[list[Entry], int]:
     return chosen, listed
 
 
-def divide(
-    entries: Sequence[Entry], calibration: int, held_out: int
-) -> tuple[Sequence[Entry], Sequence[Entry]]:
-    """Divide shuffled entries between calibration and comparison, as `calibration_share` says."""
-    first = calibration_share(len(entries), calibration, held_out)
-    return entries[:first], entries[first:]
-
-
 def calibration_share(available: int, calibration: int, held_out: int) -> int:
     """Return how many of the available images calibration gets: in proportion to the images that
     calibration and comparison need. If there are too few for both, it gets up to four fifths.

@@ -229,7 +229,7 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> ChosenPre
     candidates: list[Precision] = []
     without_units: list[Precision] = []
     for precision in (Precision.INT8, Precision.BF16):
-        pays = check.is_worthwhile(precision, images, CALIBRATION, HELD_OUT)
+        cost, gain = check.cost_and_gain(precision, images, CALIBRATION, HELD_OUT)
         record = usable(bundle, precision)
         if record and record.comparison.accepted:
             if check.is_fast(record):
@@ -244,11 +244,11 @@ def choose(bundle: Bundle, images: int, failure: str | None = None) -> ChosenPre
         elif cpu.unit(precision, cpu.flags()) is None:
             without_units.append(precision)
         elif precision is Precision.INT8 and not quantize.is_installed():
-            if pays:
+            if gain > cost:
                 refused.append(f"int8 may be faster, and needs {quantize.INSTALL}")
         else:
             unchecked.append(precision)
-            candidates += [precision] if pays else []
+            candidates += [precision] if gain > cost else []
     if without_units:
         refused.append(f"This processor has no units that make {' or '.join(without_units)} faster")
     if unchecked and failure is None:

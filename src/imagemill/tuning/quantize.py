@@ -11,7 +11,7 @@ import contextlib
 import importlib.util
 import io
 import logging
-import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -32,17 +32,6 @@ _GROUP_CHANNELS: Final = 16
 8, which ran at 82 and 185 Gop/s a core where groups of 16 make 485; merged they take 2/3 and 6/7 of
 the time, 1.7 % of the whole network (2026-11-22).
 """
-
-
-def _libraries() -> tuple[Any, Any]:
-    """Import OpenVINO and NNCF with telemetry off: both would otherwise send events when imported,
-    and NNCF for each call.
-    """
-    openvino = load_openvino()
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
-    return openvino, nncf
 
 
 def is_installed() -> bool:
@@ -95,7 +84,10 @@ def quantize(model_file: Path, pixels: Sequence[NDArray[np.uint8]]) -> Any:
             f"{model_file} cannot be quantised without images to calibrate on. Give a source that"
             " holds readable images."
         )
-    ov, nncf = _libraries()
+    ov = load_openvino()  # first: with telemetry off, which NNCF would send for each call, too
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
     advanced = nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.OverflowFix.DISABLE if _has_unit() else nncf.OverflowFix.ENABLE
     )
@@ -130,15 +122,16 @@ def save(model: Any, folder: Path) -> Path:
         ModelError: the folder cannot be written.
     """
     ov = load_openvino()
-    temporary = folder / f".int8.{os.getpid()}.tmp.xml"
     try:
-        ov.save_model(model, str(temporary), compress_to_fp16=False)
-        target = folder / f"int8-{variants.digest(temporary)[:16]}.xml"
-        for suffix in (".bin", ".xml"):
-            written = temporary.with_suffix(suffix)
-            files.sync(written)
-            written.replace(target.with_suffix(suffix))
-        files.sync(folder)
+        with tempfile.TemporaryDirectory(prefix=".int8.", dir=folder) as making:
+            temporary = Path(making) / "model.xml"
+            ov.save_model(model, str(temporary), compress_to_fp16=False)
+            target = folder / f"int8-{variants.digest(temporary)[:16]}.xml"
+            for suffix in (".bin", ".xml"):
+                written = temporary.with_suffix(suffix)
+                files.sync(written)
+                written.replace(target.with_suffix(suffix))
+            files.sync(folder)
     except (OSError, RuntimeError) as error:
         reason = (
             error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
@@ -147,8 +140,4 @@ def save(model: Any, folder: Path) -> Path:
             f"{folder} cannot be written: {reason}. Make room or rights there, or use --precision"
             " fp32."
         ) from error
-    finally:
-        for suffix in (".bin", ".xml"):
-            with contextlib.suppress(OSError):
-                temporary.with_suffix(suffix).unlink(missing_ok=True)
     return target

@@ -170,11 +170,17 @@ class EfficientNetLite(Struct, frozen=True):
         """Return stand-in weights by seed."""
         return graph.random_arrays(self.shapes(), seed)
 
-    def build(self, arrays: Mapping[str, Array], prepared: graph.Prepared) -> onnx.ModelProto:
+    def build(
+        self,
+        arrays: Mapping[str, Array],
+        recipe: Recipe,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> onnx.ModelProto:
         """Return the ONNX model of arrays under the names of `shapes`."""
         g = graph.Graph(arrays, epsilon=1e-3 if self.is_tensorflow else 1e-5)
         bounds = [g.weight("zero", np.array(0.0)), g.weight("six", np.array(6.0))]
-        extent = (prepared.height, prepared.width)
+        extent = (recipe.height, recipe.width)
 
         def relu6(x: str) -> str:
             return g.node("Clip", [x, *bounds], f"{x}.relu6")
@@ -185,7 +191,7 @@ class EfficientNetLite(Struct, frozen=True):
             extent = (-(-extent[0] // stride), -(-extent[1] // stride))
             return g.conv(x, at, norm, stride=stride, pads=pads, group=group)
 
-        x = g.normalise("pixels", prepared.mean, prepared.std)
+        x = g.normalise("pixels", mean, std)
         x = relu6(conv(x, "_conv_stem", "_bn0", 3, 2))
         for b in self._blocks():
             y, wide = x, b.channels * b.expansion
@@ -195,7 +201,7 @@ class EfficientNetLite(Struct, frozen=True):
             y = g.conv(y, f"{b.at}._project_conv", f"{b.at}._bn2")
             x = g.node("Add", [y, x], b.at) if b.stride == 1 and b.channels == b.out else y
         g.classify(relu6(g.conv(x, "_conv_head", "_bn1")), "_fc")
-        return g.model(self.name, prepared, self.classes, FEATURES)
+        return g.model(self.name, recipe, self.classes, FEATURES)
 
     def _blocks(self) -> Iterator[_Block]:
         width, depth, _ = _SCALES[self.number]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
 from imagemill.errors import CheckpointError, printable
+from imagemill.records import Recipe
 
 if TYPE_CHECKING:
     import onnx
@@ -33,19 +33,6 @@ IMAGENET_STD: Final = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 """RGB deviation of ImageNet, on the scale 0 to 255."""
 LISTED: Final = 20
 """Mismatches listed one by one; the rest is counted."""
-
-
-class Prepared(Struct, frozen=True):
-    """What the graph is fed: the size of its images and how their pixels are normalised."""
-
-    height: int
-    """Pixels."""
-    width: int
-    """Pixels."""
-    mean: tuple[float, float, float]
-    """RGB, on the scale 0 to 255."""
-    std: tuple[float, float, float]
-    """RGB, on the scale 0 to 255."""
 
 
 def batch_norm(name: str, channels: int) -> Shapes:
@@ -180,29 +167,40 @@ def random_arrays(shapes: Shapes, seed: int, quiet: tuple[str, ...] = ()) -> dic
     return arrays
 
 
-class Graph:
-    """Collects the nodes and weights of one model. Methods take and return tensor names."""
+class Nodes:
+    """Collects nodes and weights of a graph. Methods take and return tensor names."""
 
-    def __init__(self, arrays: Mapping[str, Array], epsilon: float) -> None:
-        self._arrays = arrays
-        self._epsilon = epsilon
-        self._nodes: list[Any] = []
-        self._weights: list[Any] = []
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
 
     def node(self, kind: str, inputs: list[str], output: str, **attributes: object) -> str:
         """Add one node and return its output's name."""
         from onnx import helper
 
-        self._nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
+        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
         return output
 
     def weight(self, name: str, array: Array) -> str:
-        """Add one constant, as float32 unless it holds integers."""
+        """Add one constant and return its name."""
         from onnx import numpy_helper
 
-        kept = np.ascontiguousarray(array, None if array.dtype.kind == "i" else np.float32)
-        self._weights.append(numpy_helper.from_array(kept, name))
+        self.weights.append(numpy_helper.from_array(array, name))
         return name
+
+
+class Graph(Nodes):
+    """The nodes and weights of one model."""
+
+    def __init__(self, arrays: Mapping[str, Array], epsilon: float) -> None:
+        super().__init__()
+        self._arrays = arrays
+        self._epsilon = epsilon
+
+    def weight(self, name: str, array: Array) -> str:
+        """Add one constant, as float32 unless it holds integers."""
+        kept = np.ascontiguousarray(array, None if array.dtype.kind == "i" else np.float32)
+        return super().weight(name, kept)
 
     def normalise(self, pixels: str, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
         """Turn uint8 (n, H, W, 3) into the float32 (n, 3, H, W) tensor `normalised`.
@@ -277,23 +275,23 @@ class Graph:
         ]
         self.node("Gemm", [embedding, *weights], "logits", transB=1)
 
-    def model(self, name: str, prepared: Prepared, classes: int, features: int) -> onnx.ModelProto:
+    def model(self, name: str, recipe: Recipe, classes: int, features: int) -> onnx.ModelProto:
         """Finish: input `pixels` uint8 (n, height, width, 3), outputs `logits` (n, classes), unless
         there are no classes, and `embedding` (n, features).
         """
         from onnx import TensorProto, helper
 
-        pixels = ["n", prepared.height, prepared.width, 3]
+        pixels = ["n", recipe.height, recipe.width, 3]
         outputs = {"logits": classes, "embedding": features} if classes else {"embedding": features}
         graph = helper.make_graph(
-            self._nodes,
+            self.nodes,
             name,
             [helper.make_tensor_value_info("pixels", TensorProto.UINT8, pixels)],
             [
                 helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", length])
                 for output, length in outputs.items()
             ],
-            self._weights,
+            self.weights,
         )
         return helper.make_model(
             graph,

@@ -126,10 +126,16 @@ class ResNet(Struct, frozen=True):
         """
         return names(arrays)
 
-    def build(self, arrays: Mapping[str, Array], prepared: graph.Prepared) -> onnx.ModelProto:
+    def build(
+        self,
+        arrays: Mapping[str, Array],
+        recipe: Recipe,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> onnx.ModelProto:
         """Return the ONNX model of arrays under the names of `shapes`."""
         g = graph.Graph(arrays, epsilon=1e-5)
-        x = g.normalise("pixels", prepared.mean, prepared.std)
+        x = g.normalise("pixels", mean, std)
         x = g.node("Relu", [g.conv(x, "conv1", "bn1", stride=2, pads=(3, 3, 3, 3))], "stem")
         x = g.node(
             "MaxPool", [x], "maxpool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]
@@ -143,7 +149,7 @@ class ResNet(Struct, frozen=True):
                     x = g.conv(x, f"{at}.downsample.0", f"{at}.downsample.1", stride=stride)
                 x = g.node("Relu", [g.node("Add", [y, x], f"{at}.sum")], at)
         g.classify(x, "fc")
-        return g.model(self.name, prepared, self.classes, self.features)
+        return g.model(self.name, recipe, self.classes, self.features)
 
     def _branch(self, g: graph.Graph, x: str, at: str, stride: int) -> str:
         """Add the convolutions of a block, without the sum, and return their output's name."""

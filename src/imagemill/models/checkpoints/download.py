@@ -35,6 +35,8 @@ DOWNLOADING: Final = RetryPolicy(pause_s=1.0, longest_pause_s=30.0, connect_s=3.
 """Progress of 1 MiB starts the count of attempts again. Connecting ends after 3 s, so that a
 command without a network fails within 5 s.
 """
+MAX_BYTES: Final = 16 * 2**30
+"""A longer file is refused."""
 _PROGRESS_BYTES: Final = 2**20
 _RANGE_NOT_SATISFIABLE: Final = 416
 
@@ -57,7 +59,6 @@ def fetch(
     sha256_prefix: str | None = None,
     progress: DownloadProgress | None = None,
     policy: RetryPolicy | None = None,
-    max_bytes: int = 16 * 2**30,
 ) -> str:
     """Download `url` to `target`; return its sha256.
 
@@ -67,7 +68,6 @@ def fetch(
         sha256_prefix: hexadecimal start of the hash it must have; None: any.
         progress: called after every chunk.
         policy: timeouts, attempts and pauses; None: `DOWNLOADING`.
-        max_bytes: a longer file is refused.
 
     Raises:
         UsageError: the URL is not http or https.
@@ -79,7 +79,7 @@ def fetch(
         raise UsageError(
             f"{url!r} cannot be downloaded: give a URL that begins with http:// or https://."
         )
-    download = _Download(url, target, progress, policy or DOWNLOADING, max_bytes)
+    download = _Download(url, target, progress, policy or DOWNLOADING)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         return download.run(sha256_prefix)
@@ -108,7 +108,6 @@ class _Download:
         target: Path,
         progress: DownloadProgress | None,
         policy: RetryPolicy,
-        max_bytes: int,
     ) -> None:
         self._url = url
         self._target = target
@@ -116,7 +115,6 @@ class _Download:
         self._note = target.with_name(target.name + ".partial.json")
         self._progress = progress
         self._policy = policy
-        self._max_bytes = max_bytes
         self._client = Client(connect_deadline=True)
 
     def run(self, sha256_prefix: str | None) -> str:
@@ -194,9 +192,7 @@ class _Download:
         self._note.write_text(json.dumps(asdict(_Part(self._url, _validator(answer), total))))
         got = have
         with self._partial.open("ab" if have else "wb") as file:
-            while got <= self._max_bytes and (
-                chunk := answer.read1(CHUNK_BYTES, decode_content=False)
-            ):
+            while got <= MAX_BYTES and (chunk := answer.read1(CHUNK_BYTES, decode_content=False)):
                 file.write(chunk)
                 got += len(chunk)
                 if self._progress is not None:
@@ -217,10 +213,10 @@ class _Download:
         return have, part
 
     def _check_size(self, found: int, verb: str) -> None:
-        if found > self._max_bytes:
+        if found > MAX_BYTES:
             self._discard()
             raise self._error(
-                f"{verb} {found} bytes instead of at most {self._max_bytes}. Nothing was kept."
+                f"{verb} {found} bytes instead of at most {MAX_BYTES}. Nothing was kept."
             )
 
     def _changed(self) -> HttpError:

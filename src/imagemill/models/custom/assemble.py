@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, printable
 from imagemill.models import bundle as bundles
+from imagemill.models.architectures.graph import Nodes
 from imagemill.models.card import Color, Layout
 from imagemill.models.custom.graph import STANDARD_DOMAINS, Plan
-from imagemill.models.custom.outputs import constant_tensors, inner_graphs, live_nodes
+from imagemill.models.custom.outputs import constant_tensors, constants, inner_graphs, live_nodes
 from imagemill.models.preprocessing import normalisation
 from imagemill.records import Scores
 
@@ -46,14 +47,16 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
             # as bundle.write counts and moves them
             array = _array(plan.file.name, tensor)
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
-    builder = _Builder(model)
-    _normalise(builder, plan)
+    opset = max(entry.version for entry in model.opset_import)
+    builder = Nodes()
+    _normalise(builder, plan, opset)
     nodes = list(graph.node)
     del graph.node[:]
     graph.node.extend([*builder.nodes, *nodes])
     builder.nodes.clear()
     outputs = _outputs(builder, plan)
     graph.node.extend(builder.nodes)
+    graph.initializer.extend(builder.weights)
     goal = _PREFIX + plan.input
     kept = [tensor for tensor in graph.input if tensor.name != goal]
     for field in (graph.input, graph.output, graph.value_info, graph.quantization_annotation):
@@ -69,42 +72,17 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
     model.metadata_props.extend(others)
 
 
-class _Builder:
-    """Collects nodes and adds their weights to a graph."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.opset = max(
-            entry.version for entry in model.opset_import if entry.domain in STANDARD_DOMAINS
-        )
-        self._graph = model.graph
-
-    def node(self, kind: str, inputs: list[str], output: str, **attributes: object) -> str:
-        """Add a node of one output, and return the output's name."""
-        from onnx import helper
-
-        self.nodes.append(helper.make_node(kind, inputs, [output], name=output, **attributes))
-        return output
-
-    def weight(self, name: str, array: NDArray[Any]) -> str:
-        """Add a constant, and return its name."""
-        from onnx import numpy_helper
-
-        self._graph.initializer.append(numpy_helper.from_array(array, _OURS + name))
-        return _OURS + name
-
-
-def _normalise(builder: _Builder, plan: Plan) -> None:
+def _normalise(builder: Nodes, plan: Plan, opset: int) -> None:
     """Add the nodes between `pixels` and the custom graph's input."""
     from onnx import TensorProto
 
     card, at = plan.card, "pixels"
     order = [2, 1, 0] if card.color is Color.BGR else [0, 1, 2]
     if plan.channels == 1:
-        at = _grey(builder, at)
+        at = _grey(builder, at, opset)
         order = [0]
     elif card.color is Color.BGR:
-        indices = builder.weight("bgr", np.array(order, np.int64))
+        indices = builder.weight(_OURS + "bgr", np.array(order, np.int64))
         at = builder.node("Gather", [at, indices], _OURS + "reordered", axis=3)
     if not plan.takes_bytes and plan.channels == 3:
         at = builder.node("Cast", [at], _OURS + "floats", to=TensorProto.FLOAT)
@@ -116,12 +94,12 @@ def _normalise(builder: _Builder, plan: Plan) -> None:
             np.array([values[place] for place in order], np.float32).reshape(shape)
             for values in normalisation(card)
         )
-        at = builder.node("Sub", [at, builder.weight("mean", mean)], _OURS + "centred")
-        at = builder.node("Div", [at, builder.weight("std", std)], "normalised")
+        at = builder.node("Sub", [at, builder.weight(_OURS + "mean", mean)], _OURS + "centred")
+        at = builder.node("Div", [at, builder.weight(_OURS + "std", std)], "normalised")
     builder.node("Cast", [at], _PREFIX + plan.input, to=plan.type)
 
 
-def _grey(builder: _Builder, pixels: str) -> str:
+def _grey(builder: Nodes, pixels: str, opset: int) -> str:
     """Add Pillow's conversion to mode L, (19595 R + 38470 G + 7471 B + 32768) >> 16.
 
     All numbers stay below 2**24, so int32 and float32 are exact. There is no Div of integers,
@@ -131,26 +109,26 @@ def _grey(builder: _Builder, pixels: str) -> str:
     from onnx import TensorProto
 
     at = builder.node("Cast", [pixels], _OURS + "integers", to=TensorProto.INT32)
-    luma = builder.weight("luma", np.array(_LUMA, np.int32))
+    luma = builder.weight(_OURS + "luma", np.array(_LUMA, np.int32))
     at = builder.node("Mul", [at, luma], _OURS + "weighted")
-    if builder.opset >= 13:  # before, the axes were an attribute
-        axes = builder.weight("axes", np.array([3], np.int64))
+    if opset >= 13:  # before, the axes were an attribute
+        axes = builder.weight(_OURS + "axes", np.array([3], np.int64))
         at = builder.node("ReduceSum", [at, axes], _OURS + "sum", keepdims=1)
     else:
         at = builder.node("ReduceSum", [at], _OURS + "sum", axes=[3], keepdims=1)
-    half = builder.weight("half", np.array(2**15, np.int32))
+    half = builder.weight(_OURS + "half", np.array(2**15, np.int32))
     at = builder.node("Add", [at, half], _OURS + "rounded")
-    if builder.opset >= 10:
-        unit = builder.weight("unit", np.array(2**16, np.int32))
+    if opset >= 10:
+        unit = builder.weight(_OURS + "unit", np.array(2**16, np.int32))
         rest = builder.node("Mod", [at, unit], _OURS + "remainder")
         at = builder.node("Sub", [at, rest], _OURS + "multiple")
     at = builder.node("Cast", [at], _OURS + "wide", to=TensorProto.FLOAT)
-    scale = builder.weight("share", np.array(2.0**-16, np.float32))
+    scale = builder.weight(_OURS + "share", np.array(2.0**-16, np.float32))
     at = builder.node("Mul", [at, scale], _OURS + "grey")
-    return at if builder.opset >= 10 else builder.node("Floor", [at], _OURS + "whole")
+    return at if opset >= 10 else builder.node("Floor", [at], _OURS + "whole")
 
 
-def _outputs(builder: _Builder, plan: Plan) -> list[tuple[str, int | str]]:
+def _outputs(builder: Nodes, plan: Plan) -> list[tuple[str, int | str]]:
     """Add the nodes between the custom graph and our outputs; return the outputs' names and
     lengths.
     """
@@ -167,7 +145,7 @@ def _outputs(builder: _Builder, plan: Plan) -> list[tuple[str, int | str]]:
     if plan.features is not None:
         at = _PREFIX + plan.features.tensor
         if plan.features.first_token:
-            first = builder.weight("first", np.array(0, np.int64))
+            first = builder.weight(_OURS + "first", np.array(0, np.int64))
             at = builder.node("Gather", [at, first], _OURS + "token", axis=1)
         at = builder.node("Flatten", [at], _OURS + "embedding", axis=1)
         builder.node("Cast", [at], "embedding", to=TensorProto.FLOAT)
@@ -175,13 +153,13 @@ def _outputs(builder: _Builder, plan: Plan) -> list[tuple[str, int | str]]:
     return found
 
 
-def _two_classes(builder: _Builder, score: str, plan: Plan) -> str:
+def _two_classes(builder: Nodes, score: str, plan: Plan) -> str:
     """Add [1 - p, p] for a probability, or [0, x] for a logit; its softmax is the same."""
     if plan.bundle_scores is Scores.LOGITS:
-        zero = builder.weight("zero", np.array(0, np.float32))
+        zero = builder.weight(_OURS + "zero", np.array(0, np.float32))
         other = builder.node("Mul", [score, zero], _OURS + "other")
     else:
-        one = builder.weight("one", np.array(1, np.float32))
+        one = builder.weight(_OURS + "one", np.array(1, np.float32))
         other = builder.node("Sub", [one, score], _OURS + "other")
     return builder.node("Concat", [other, score], _OURS + "both", axis=1)
 
@@ -254,14 +232,10 @@ def _open_batch(name: str, graph: onnx.GraphProto, batch: int) -> None:
     """
     from onnx import numpy_helper
 
-    constants, _ = constant_tensors(graph)
-    known = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant":
-            held = [attribute.t for attribute in node.attribute if attribute.name == "value"]
-            known.update(zip(node.output, held, strict=False))
+    fixed, _ = constant_tensors(graph)
+    known = constants(graph)
     for number, node in enumerate(graph.node):
-        if node.op_type != "Reshape" or len(node.input) < 2 or node.input[0] in constants:
+        if node.op_type != "Reshape" or len(node.input) < 2 or node.input[0] in fixed:
             continue
         if node.input[1] not in known:
             continue

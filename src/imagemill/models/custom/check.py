@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models import bundle as bundles
-from imagemill.models import evaluate
 from imagemill.models.custom.graph import Plan
 from imagemill.records import Bundle, Scores
+from imagemill.system.openvino_library import new_core
 
 _TOLERANCE: Final = 1e-3
 """Between an image's scores beside one neighbour and beside another, as a share of the largest
@@ -47,7 +48,7 @@ def run_twice(made: Bundle, plan: Plan) -> Answers:
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     pixels[1] //= 2
     try:
-        return evaluate.answers(made.dir / bundles.MODEL, [pixels, pixels[[1, 1]]])
+        return answers(made.dir / bundles.MODEL, [pixels, pixels[[1, 1]]])
     except Exception as error:  # OpenVINO's front end has kinds of its own
         reason = printable(str(error).strip().splitlines()[-1].rstrip("."), 500)
         if plan.batch is None:
@@ -60,6 +61,30 @@ def run_twice(made: Bundle, plan: Plan) -> Answers:
             f" {reason}. Export it with an open batch: dynamic_axes or dynamic_shapes of"
             " torch.onnx.export."
         ) from error
+
+
+def answers(model_file: Path, batches: Sequence[NDArray[np.uint8]]) -> Answers:
+    """Run a model in fp32 on a few batches of one shape and return its logits and embedding by
+    name.
+
+    Raises:
+        RuntimeError: OpenVINO's, where it cannot read, compile or run the model.
+    """
+    core = new_core()
+    model = core.read_model(str(model_file))
+    model.reshape({"pixels": list(batches[0].shape)})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = []
+    for batch in batches:
+        result = compiled({"pixels": batch})
+        found.append(
+            {
+                name: np.array(values)
+                for port, values in result.items()
+                for name in port.get_names() & {"logits", "embedding"}
+            }
+        )
+    return found
 
 
 def judge(plan: Plan, answers: Answers) -> Findings:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     import onnx
 
 STANDARD_DOMAINS: Final = ("", "ai.onnx")
+UINT8: Final = 2
+"""ONNX's number of the element type."""
+_FED: Final = (1, 10, UINT8)
+"""The element types that an input may have: float32, float16 and uint8."""
 _OLDEST_OPSET: Final = 7
 """The first whose arithmetic broadcasts as NumPy does."""
 _MAX_AREA: Final = 2**24
@@ -78,18 +82,7 @@ class Plan(Struct, frozen=True):
     @property
     def takes_bytes(self) -> bool:
         """Whether the graph normalises by itself."""
-        return self.type == input_types()["uint8"]
-
-
-def input_types() -> dict[str, int]:
-    """Return ONNX's numbers of the element types that an input may have."""
-    from onnx import TensorProto
-
-    return {
-        "float32": TensorProto.FLOAT,
-        "float16": TensorProto.FLOAT16,
-        "uint8": TensorProto.UINT8,
-    }
+        return self.type == UINT8
 
 
 def image_input(name: str, model: onnx.ModelProto) -> onnx.ValueInfoProto:
@@ -104,7 +97,7 @@ def image_input(name: str, model: onnx.ModelProto) -> onnx.ValueInfoProto:
         listed = ", ".join(printable(value.name, 40) for value in inputs[:10])
         raise ModelError(f"{name} has {len(inputs)} inputs ({listed}); an image fills one.")
     kind = inputs[0].type.tensor_type.elem_type
-    if kind not in input_types().values():
+    if kind not in _FED:
         from onnx import TensorProto
 
         kinds = {number: word.lower() for word, number in TensorProto.DataType.items()}
@@ -145,7 +138,7 @@ def examine(file: Path, model: onnx.ModelProto, read: ReadCard) -> Plan:
     entry = image_input(name, model)
     shape = dims(entry)
     assert shape is not None
-    takes_bytes = entry.type.tensor_type.elem_type == input_types()["uint8"]
+    takes_bytes = entry.type.tensor_type.elem_type == UINT8
     read, channels = _with_layout(name, read, shape)
     read = _with_size(name, read, shape)
     read = with_normalisation(name, read, channels, takes_bytes=takes_bytes)

@@ -99,7 +99,11 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
                 " classifiers only. Export a classifier (yolo…-cls)."
             )
         if read.card.size is not None:
-            take("task classify", **_ultralytics(read.card.size))
+            # `classify_transforms` of ultralytics' data/augment.py, which resizes the short side of
+            # an image to a square input's side, and squashes it to an input that is not square
+            take("task classify", interpolation=Interpolation.BILINEAR, color=Color.RGB, scale=1)
+            take("task classify", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+            take("task classify", resize=read.card.size, crop="center")
     if (color := entries.get("Image.BitmapPixelFormat", "")[:3].upper()) in list(Color):
         take("Image.BitmapPixelFormat", color=color)
     if (scaling := _RANGES.get(entries.get("Image.NominalPixelRange", ""))) is not None:
@@ -108,21 +112,6 @@ def read_metadata(name: str, model: onnx.ModelProto, *, with_labels: bool = True
     if licence := entries.get("license", "").strip():
         take("license", licence=printable(licence))
     return read
-
-
-def _ultralytics(size: int | str) -> dict[str, Any]:
-    """Return the preprocessing of ultralytics' classifiers: `classify_transforms` of its
-    data/augment.py, which resizes the short side of an image to a square input's side, and squashes
-    it to an input that is not square.
-    """
-    values = {
-        "interpolation": Interpolation.BILINEAR,
-        "color": Color.RGB,
-        "scale": 1,
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-    }
-    return values | {"resize": size, "crop": "center"}
 
 
 def _size(name: str, text: str) -> int | str:

@@ -291,11 +291,11 @@ def find_features(
         return _as_features(graph, asked, "--embedding")
     if head.tensor is None:
         return _of_a_headless_model(name, graph)
-    constants, shapes = constant_tensors(graph)
+    known, shapes = constant_tensors(graph)
     tensor, passed = head.tensor, set()
     while (node := made_by.get(tensor)) is not None and tensor not in passed:
         passed.add(tensor)
-        moving = [item for item in node.input if item and item not in constants]
+        moving = [item for item in node.input if item and item not in known]
         if node.op_type in ("Gemm", "MatMul", "Conv"):
             if len(moving) != 1 or moving[0] != node.input[0] or len(node.input) < 2:
                 return None
@@ -349,22 +349,30 @@ def _of_a_headless_model(name: str, graph: onnx.GraphProto) -> Features:
     )
 
 
+def constants(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Return the tensors that a graph holds, by name."""
+    held = [
+        (name, attribute.t)
+        for node in graph.node
+        if node.op_type == "Constant"
+        for name in node.output
+        for attribute in node.attribute
+        if attribute.name == "value"
+    ]
+    return {**{tensor.name: tensor for tensor in graph.initializer}, **dict(held)}
+
+
 def constant_tensors(graph: onnx.GraphProto) -> tuple[set[str], dict[str, tuple[int, ...]]]:
     """Return the names of the tensors that do not depend on the input, and the shapes of those
     whose shape is known without running the graph.
     """
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-    constants = set(shapes)
+    shapes = {name: tuple(tensor.dims) for name, tensor in constants(graph).items()}
+    known = set(shapes)
     for node in graph.node:
         if node.op_type == "Constant":
-            constants.add(node.output[0])
-            shapes.update(
-                (node.output[0], tuple(attribute.t.dims))
-                for attribute in node.attribute
-                if attribute.name == "value"
-            )
-        elif node.input and all(item in constants for item in node.input if item):
-            constants.update(node.output)
+            known.update(node.output)
+        elif node.input and all(item in known for item in node.input if item):
+            known.update(node.output)
             if node.op_type in ("Identity", "Cast") and node.input[0] in shapes:
                 shapes[node.output[0]] = shapes[node.input[0]]
-    return constants, shapes
+    return known, shapes

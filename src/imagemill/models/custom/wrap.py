@@ -10,10 +10,6 @@ was exported is opened, and the check run shows whether the graph allows that.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,10 +34,10 @@ from imagemill.models.custom.assemble import assemble
 from imagemill.models.custom.check import Findings, judge, run_twice
 from imagemill.models.custom.graph import (
     STANDARD_DOMAINS,
+    UINT8,
     Plan,
     examine,
     image_input,
-    input_types,
 )
 from imagemill.models.custom.metadata import read_metadata
 from imagemill.models.preprocessing import normalisation
@@ -62,7 +58,7 @@ class Source(Struct, frozen=True):
 
     file: Path
     model: onnx.ModelProto
-    """The file's content, as `parse` or `load` returned it. It is consumed."""
+    """The file's content, as `parse` returned it. It is consumed."""
     read: ReadCard
     key: str
     """Hash of all of it."""
@@ -140,12 +136,10 @@ def bundle_for(file: Path, models_dir: Path, notify: Notify) -> Bundle:
     builds another bundle.
 
     Raises:
-        UsageError: there is no such file, neither the file nor its card says how images are
-        prepared, or the card does not fit the file. ModelError: see `wrap`.
+        UsageError: neither the file nor its card says how images are prepared, or the card does
+        not fit the file. ModelError: see `wrap`.
     """
     shown, card = printable(file), printable(card_file(file).name)
-    if not file.is_file():
-        raise UsageError(f"--model {shown}: there is no such file.")
     model = parse(file)
     read = _read(file, model, {})
     if missing := _missing(file, model, read):
@@ -187,7 +181,7 @@ def _missing(file: Path, model: onnx.ModelProto, read: ReadCard) -> list[str]:
     of scale 255 may be fed as they are, and an image that is not cropped is resized to the input.
     """
     kind = image_input(file.name, model).type.tensor_type.elem_type
-    is_fed = kind == input_types()["uint8"] or read.card.scale == 255
+    is_fed = kind == UINT8 or read.card.scale == 255
     needed = ["resize"] if is_fed else list(_ESSENTIAL)
     if read.card.crop is Crop.NONE:
         needed.remove("resize")
@@ -221,31 +215,28 @@ def build(source: Source, folder: Path) -> Checked:
         UsageError: the card does not fit the file. ClassCountError: the labels do not. ModelError:
         the file is not a classifier that can be wrapped, or the folder cannot be written.
     """
-    making = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        checked = _build(source, making)
-        making.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+        ) as making:
+            checked = _build(source, Path(making) / "bundle")
+            checked.bundle.dir.rename(folder)
     except OSError as error:
         if not bundles.is_bundle(folder):  # another process may have made it meanwhile
             raise ModelError(
                 f"{folder} cannot be written: {error.strerror}. Choose another folder."
             ) from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
     return replace(checked, bundle=replace(checked.bundle, dir=folder))
 
 
 def _key(file: Path, model: onnx.ModelProto, card: ModelCard) -> str:
     """Hash of what decides the bundle: the file, the weights beside it, the card."""
-    names = external_files(file, model)
-    sums = [bundles.sha256(file), *(bundles.sha256(file.parent / name) for name in names)]
-    return hashlib.sha256(
-        json.dumps([_WRAPPER, *sums, asdict(card), file.stem]).encode()
-    ).hexdigest()
+    return bundles.key_of(files_of(file, model), _WRAPPER, asdict(card), file.stem)
 
 
-def external_files(file: Path, model: onnx.ModelProto) -> list[str]:
-    """Return the names of the files that an ONNX file reads weights from.
+def files_of(file: Path, model: onnx.ModelProto) -> list[Path]:
+    """Return an ONNX file and the files beside it that it reads weights from.
 
     Raises:
         ModelError: a name is absolute, leads out of the file's folder (links followed), or is not a
@@ -276,7 +267,7 @@ def external_files(file: Path, model: onnx.ModelProto) -> list[str]:
                 f"{shown} is incomplete: {printable(name)}, which holds its weights, is not a file"
                 " beside it. Copy it there."
             )
-    return sorted(names)
+    return [file, *(file.parent / name for name in sorted(names))]
 
 
 def _tensors(message: Any) -> Iterator[onnx.TensorProto]:
@@ -346,21 +337,10 @@ def _is_text(message: Any) -> bool:
     return True
 
 
-def load(file: Path) -> onnx.ModelProto:
-    """Return a file's graph with all weights, also those in files beside it.
-
-    Raises:
-        ModelError: a file is missing, damaged, or outside the folder.
-    """
-    model = parse(file)
-    _load_external_data(file, model)
-    return model
-
-
 def _load_external_data(file: Path, model: onnx.ModelProto) -> None:
     from onnx.external_data_helper import load_external_data_for_model
 
-    external_files(file, model)
+    files_of(file, model)  # which checks their places
     try:
         load_external_data_for_model(model, str(file.parent))
     except Exception as error:  # onnx's own

@@ -10,7 +10,6 @@ exporting libraries.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -178,9 +177,7 @@ def _shape(document: Document, size: tuple[int, int] | None) -> tuple[int, int, 
 
 def _key(request: Request, config: Mapping[str, Any], versions: Mapping[str, str]) -> str:
     """Return the hash of what decides the exported file."""
-    sums = [bundles.sha256(file) for file in request.shards]
-    parts = [_EXPORTER, request.shape, config, sums, versions]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return bundles.key_of(request.shards, _EXPORTER, request.shape, config, versions)
 
 
 def _export(request: Request, config: Mapping[str, Any], home: Path) -> Exported:

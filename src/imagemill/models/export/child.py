@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import resource
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -23,7 +22,7 @@ from msgspec import Struct
 
 from imagemill.errors import ImagemillError, ModelError
 from imagemill.models import bundle as bundles
-from imagemill.system import processes
+from imagemill.system import cpu, processes
 from imagemill.system.messages import one_line
 from imagemill.system.openvino_library import new_core
 
@@ -102,8 +101,7 @@ def export(request: Request, staging: Path) -> Exported:
             import timm  # noqa: F401
         else:
             networks.load_transformers()
-    if hasattr(os, "sched_getaffinity"):  # a child's environment asks for one thread
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(len(cpu.usable_cores()))  # a child's environment asks for one
     file = staging / "onnx" / bundles.MODEL
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -8,8 +8,6 @@ Weights without ONNX are used if imagemill builds their network. Otherwise PyTor
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -201,15 +199,12 @@ def _key(model: Model) -> str:
     source, config = model.source, model.document.values
     files = [source]
     if source.suffix == ".onnx":
-        files += [source.parent / name for name in wrap.external_files(source, wrap.parse(source))]
-        config = {}
+        files, config = wrap.files_of(source, wrap.parse(source)), {}
     elif source.name == INDEX:
-        from imagemill.models import export
+        from imagemill.models.export import cached
 
-        files += export.weights_of(model.folder)
-    sums = [bundles.sha256(file) for file in files]
-    facts = [_READER, model.architecture, asdict(model.read.card), config, sums]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        files += cached.weights_of(model.folder)
+    return bundles.key_of(files, _READER, model.architecture, asdict(model.read.card), config)
 
 
 # ── building ──────────────────────────────────────────────────────────────────────────────────────
@@ -224,11 +219,11 @@ def _build(
         built = _build_weights(model, home, {**origin, "wrapped": key}, notify)
         if built is not None:
             return built
-        from imagemill.models import export
+        from imagemill.models.export import cached
 
         size = model.read.card.size
         sides = dimensions(size)[::-1] if size is not None else None
-        graph = export.onnx_for(model.folder, models_dir, notify, sides)
+        graph = cached.onnx_for(model.folder, models_dir, notify, sides)
     architecture = model.architecture or "onnx"
     source = wrap.Source(graph, wrap.parse(graph), model.read, key, origin, architecture)
     checked = wrap.build(source, home)

@@ -9,7 +9,6 @@ nobody can know which of them the model was trained with.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Annotated, Any, Final
 
@@ -195,20 +194,14 @@ def read_processor(document: Document, name: str) -> ReadCard:
     return _Reader(document, name).card()
 
 
-@dataclass(slots=True)
 class _Reader:
     """One file on its way to a card; remembers which keys a field was read from."""
 
-    document: Document
-    name: str
-    keys: Keys = field(init=False)
-    kind: Processor = field(init=False)
-    used: list[str] = field(default_factory=list)
-    read: ReadCard = field(default_factory=lambda: ReadCard(ModelCard()))
-
-    def __post_init__(self) -> None:
-        self.keys = self.document.record(Keys)
-        self.kind = PROCESSORS[self.name]
+    def __init__(self, document: Document, name: str) -> None:
+        self.document, self.name = document, name
+        self.keys, self.kind = document.record(Keys), PROCESSORS[name]
+        self.used: list[str] = []
+        self.read = ReadCard(ModelCard())
 
     def value(self, key: str, default: Any) -> Any:
         """Return a key's value, or the default of the class."""
@@ -373,7 +366,13 @@ class _Reader:
     def _three(self, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
         """Return one number per channel."""
         found = self.value(key, default)
-        values = (found,) if isinstance(found, int | float) else found
-        if len(values) not in (1, 3):
-            raise self.document.error(f"{key} has {len(values)} numbers; it must have 3, or 1")
-        return tuple(float(item) for item in values) * (3 // len(values))
+        return three(self.document, key, found if isinstance(found, tuple) else (found,), 3)
+
+
+def three(
+    document: Document, key: str, values: tuple[float, ...], channels: int
+) -> tuple[float, ...]:
+    """Return three numbers, which for grey images are equal. Raises: ModelError."""
+    if len(values) not in (1, channels):
+        raise document.error(f"{key} has {len(values)} numbers; it must have {channels}, or 1")
+    return values * (3 // len(values))

@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from imagemill.errors import counted, printable
 from imagemill.models.card import MAX_SIDE, ModelCard, ReadCard, as_size
 from imagemill.models.folders.json_file import Document, numbered_labels
-from imagemill.models.folders.processors import Mean, Number, Pair, Positive, Side
+from imagemill.models.folders.processors import Mean, Number, Pair, Positive, Side, three
 from imagemill.models.labels import MAX_LABELS, check_labels, imagenet_labels
 from imagemill.records import Centre, Interpolation
 
@@ -120,9 +120,9 @@ def read_timm(document: Document) -> ReadCard:
     take("input_size", "crop_pct", "crop_mode", resize=resize)
     take("interpolation", interpolation=pretrained.interpolation or Interpolation.BICUBIC)
     default_mean, default_std = Mean.IMAGENET.value
-    mean = _per_channel(document, "mean", pretrained.mean or default_mean, channels)
+    mean = three(document, "mean", pretrained.mean or default_mean, channels)
     take("mean", scale=1, mean=mean)
-    take("std", std=_per_channel(document, "std", pretrained.std or default_std, channels))
+    take("std", std=three(document, "std", pretrained.std or default_std, channels))
     if pretrained.crop_mode == "border":
         levels = [min(255, max(0, round(255 * item))) for item in mean]
         take("mean", fill="#" + "".join(f"{item:02x}" for item in levels))
@@ -154,15 +154,6 @@ def _input_size(document: Document, config: Config, pretrained: Pretrained) -> t
     if channels not in (1, 3):
         raise document.error(f"the model takes {channels} channels; images have 3, or 1")
     return channels, height, width
-
-
-def _per_channel(
-    document: Document, key: str, values: tuple[float, ...], channels: int
-) -> tuple[float, ...]:
-    """Return three numbers, which for grey images are equal."""
-    if len(values) not in (1, channels):
-        raise document.error(f"{key} has {len(values)} numbers; it must have {channels}, or 1")
-    return values * (3 // len(values))
 
 
 def _labels(

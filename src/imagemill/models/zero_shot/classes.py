@@ -10,11 +10,9 @@ templates are another model.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from msgspec.structs import asdict, replace
@@ -22,11 +20,11 @@ from numpy.typing import NDArray
 
 from imagemill.errors import ModelError, UsageError, counted, printable
 from imagemill.models import bundle as bundles
+from imagemill.models.architectures.graph import Nodes
 from imagemill.models.card import ReadCard
 from imagemill.models.custom import wrap
 from imagemill.models.folders import json_file
 from imagemill.models.folders.transformers_config import read_transformers
-from imagemill.models.zero_shot import last_layer
 from imagemill.models.zero_shot import scale as scales
 from imagemill.models.zero_shot.family import Family, read_family
 from imagemill.models.zero_shot.prompts import Prompts
@@ -35,16 +33,20 @@ from imagemill.models.zero_shot.towers import Towers
 from imagemill.records import Bundle, Scores
 from imagemill.system import serialization
 from imagemill.system.messages import Notify
+from imagemill.system.openvino_library import new_core
+
+if TYPE_CHECKING:
+    import onnx
 
 Array = NDArray[np.float32]
 
 _VERSION: Final = 1
 """Of the way from texts to weights."""
-_PREFIX: Final = "classes/"
-"""Of the tensors of the last layer."""
+_EMBEDDING: Final = "classes/embedding"
+"""Tensor with the normalised embedding of an image."""
+_LOGITS: Final = "classes/logits"
+"""Output with the scores."""
 _REPORT_S: Final = 10.0
-_WITH_DATA_BESIDE: Final = 2**26
-"""Bytes. A larger graph holds its weights itself, and is not searched for files beside it."""
 """Seconds between two lines about the text tower's progress."""
 
 
@@ -85,8 +87,8 @@ def make(
     key = _key(towers, prompts, card, scale, family)
     if not bundles.is_free(output):
         return _existing(output, key, notify)
-    model = wrap.load(towers.image_file)
-    wanted = last_layer.features(towers.image_file, model, kind.image_output)
+    model = wrap.parse(towers.image_file)
+    wanted = _features(towers.image_file, model, kind.image_output)
     notify(f"logit_scale: {scale.scale:.6g} ({scale.origin})")
     if has_bias:
         notify(f"logit_bias: {scale.bias:.6g} ({scale.origin})")
@@ -99,13 +101,13 @@ def make(
             " models: get both again."
         )
     weights = np.ascontiguousarray(embeddings.T) * np.float32(scale.scale)
-    last_layer.add(model, kind.image_output, weights, scale.bias)
+    _add_last_layer(model, kind.image_output, weights, scale.bias)
     values: dict[str, Any] = {
         "name": printable(output.absolute().name),
         "labels": prompts.labels,
         "scores": kind.scores,
-        "logits": last_layer.LOGITS,
-        "embedding": last_layer.EMBEDDING,
+        "logits": _LOGITS,
+        "embedding": _EMBEDDING,
         "licence": towers.licence,
     }
     origins = {
@@ -127,6 +129,65 @@ def make(
         if not line.endswith(("(--logits)", "(--embedding)")):  # chosen here, not by the user
             notify(line)
     return made.bundle
+
+
+def _features(file: Path, model: onnx.ModelProto, output: str) -> int | None:
+    """Return the length of an image tower's embeddings; None if it is not known before it runs.
+
+    Raises:
+        ModelError: the tower has no such output, or it is not one embedding per image.
+    """
+    values = {value.name: value for value in model.graph.output}
+    if output not in values:
+        raise ModelError(
+            f"{printable(file)} returns {printable(', '.join(values))}; an image tower of such a"
+            f" model returns {output}. Export it again, with its projection."
+        )
+    dims = values[output].type.tensor_type.shape.dim
+    if values[output].type.tensor_type.HasField("shape") and len(dims) != 2:
+        raise ModelError(
+            f"{printable(file)}: {output} has {len(dims)} dimensions; it must be (images,"
+            " features)."
+        )
+    return (dims[1].dim_value if dims else 0) or _inferred(file, output)
+
+
+def _inferred(file: Path, output: str) -> int | None:
+    """Return the length that follows from the graph's weights; None if it does not."""
+    try:
+        model = new_core().read_model(str(file))
+        last = model.output(output).get_partial_shape()[1]
+    except RuntimeError:  # OpenVINO's own; running the wrapped model will tell what is wrong
+        return None
+    return last.get_length() if last.is_static else None
+
+
+def _add_last_layer(model: onnx.ModelProto, output: str, weights: Array, bias: float) -> None:
+    """Let an image tower return scores instead of embeddings, in place.
+
+    Args:
+        model: the image tower.
+        output: its output with one embedding (n, features) per image.
+        weights: float32 (features, classes): the classes' embeddings times the scale.
+        bias: what is added to every score.
+    """
+    from onnx import TensorProto, helper
+
+    graph, added = model.graph, Nodes()
+    at = added.node("Cast", [output], "classes/float32", to=TensorProto.FLOAT)
+    at = added.node("LpNormalization", [at], _EMBEDDING, axis=1, p=2)
+    matrix = added.weight("classes/weights", weights)
+    at = added.node("MatMul", [at, matrix], "classes/cosines" if bias else _LOGITS)
+    if bias:
+        # One per class: NNCF corrects the biases of a quantised layer class by class.
+        biases = np.full(weights.shape[1], bias, np.float32)
+        added.node("Add", [at, added.weight("classes/bias", biases)], _LOGITS)
+    graph.node.extend(added.nodes)
+    graph.initializer.extend(added.weights)
+    del graph.output[:]
+    graph.output.append(
+        helper.make_tensor_value_info(_LOGITS, TensorProto.FLOAT, ["n", weights.shape[1]])
+    )
 
 
 def embed(towers: Towers, family: Family, prompts: Prompts, notify: Notify) -> Array:
@@ -186,22 +247,18 @@ def _key(
     towers: Towers, prompts: Prompts, card: ReadCard, scale: scales.Scale, family: Family
 ) -> str:
     """Return a hash of everything that decides the model."""
-    files = [towers.folder / "tokenizer.json"]
-    for graph in (towers.image_file, towers.text_file):
-        files.append(graph)
-        if graph.stat().st_size < _WITH_DATA_BESIDE:
-            names = wrap.external_files(graph, wrap.parse(graph))
-            files += [graph.parent / name for name in names]
-    values = [
+    graphs = (towers.image_file, towers.text_file)
+    files = [file for graph in graphs for file in wrap.files_of(graph, wrap.parse(graph))]
+    if (tokenizer := towers.folder / "tokenizer.json").is_file():
+        files.append(tokenizer)
+    return bundles.key_of(
+        files,
         _VERSION,
-        [bundles.sha256(file) for file in files if file.is_file()],
         serialization.to_plain(family),
-        prompts.labels,
-        prompts.templates,
+        serialization.to_plain(prompts),
         asdict(card.card),
         (scale.scale, scale.bias),
-    ]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    )
 
 
 def _existing(output: Path, key: str, notify: Notify) -> Bundle:

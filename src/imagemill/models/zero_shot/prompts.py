@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -10,7 +9,7 @@ from typing import Final
 from msgspec import Struct
 
 from imagemill.errors import UsageError, counted, printable
-from imagemill.models.labels import read_labels
+from imagemill.models.labels import CONTROL, MAX_LABEL, read_labels, read_text
 
 DEFAULT_TEMPLATE: Final = "a photo of a {}."
 """The template of CLIP's authors for images of things."""
@@ -18,8 +17,6 @@ MAX_PROMPTS: Final = 1_000_000
 """Labels times templates. A text tower of CLIP's size reads so many in a day."""
 MAX_LABELS: Final = 100_000
 """ImageNet-21k has 21,843 classes. For 100,000 labels the last layer takes 200 MB or more."""
-MAX_CHARACTERS: Final = 1_000
-"""Of a label or a template. A text tower reads 64 or 77 tokens, about 300 characters."""
 _PLACE: Final = "{}"
 
 
@@ -82,14 +79,8 @@ def read_prompts(labels_file: Path, templates: Sequence[str]) -> Prompts:
 
 def _read_templates(argument: str) -> list[str]:
     """Return the lines of the file of `--template @FILE` that are not blank."""
-    try:
-        text = Path(argument[1:]).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UsageError(
-            f"--template {printable(argument)} cannot be read: {reason}. Give a text file in UTF-8"
-            " with one template per line."
-        ) from error
+    remedy = "Give a text file in UTF-8 with one template per line."
+    text = read_text(Path(argument[1:]), f"--template {printable(argument)}", remedy)
     lines = [line for line in text.split("\n") if line.strip()]
     _check(f"--template {argument}", lines)
     return lines
@@ -102,12 +93,12 @@ def _check(origin: str, texts: Sequence[str]) -> None:
     lines: dict[str, int] = {}
     for number, text in enumerate(texts, 1):
         shown = printable(text, 60)
-        if any(unicodedata.category(item) in ("Cc", "Cs", "Zl", "Zp") for item in text):
+        if CONTROL.search(text):
             raise UsageError(f'{origin}: "{shown}" (line {number}) has control characters.')
-        if len(text) > MAX_CHARACTERS:
+        if len(text) > MAX_LABEL:
             raise UsageError(
                 f'{origin}: "{shown}" (line {number}) has {len(text):,} characters; at most'
-                f" {MAX_CHARACTERS:,} are read."
+                f" {MAX_LABEL:,} are read."
             )
         if (first := lines.setdefault(text.strip(), number)) != number:
             raise UsageError(

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import msgspec
 import numpy as np
 from msgspec import Struct
 
 from imagemill.errors import ModelError, UsageError, printable
+from imagemill.models.custom.outputs import constants
 
 if TYPE_CHECKING:
     import onnx
@@ -28,10 +28,6 @@ _LARGEST: Final = 1e4
 """Scales and biases of published models lie between 10 and 130, and between -20 and 0."""
 _SCORES: Final = ("logits_per_image", "logits_per_text")
 """Outputs of an ONNX file of both towers."""
-_HEADER_BYTES: Final = 16 * 2**20
-"""Of a safetensors file. That of a model of 400 million parameters takes 0.1 MB."""
-_SIZES: Final[Mapping[str, int]] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of one number, by its type in a safetensors file."""
 _UNCHANGED: Final = ("Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze")
 """Operators that leave a single number, or the order of the scores' arithmetic, as it is."""
 
@@ -109,10 +105,17 @@ def _checked(file: Path, scale: float, bias: float, origin: str) -> Scale:
 
 def _from_safetensors(file: Path, has_bias: bool) -> Scale | None:
     """Read the two numbers alone: some kilobytes of a file of gigabytes."""
+    import ml_dtypes  # noqa: F401 - adds bfloat16 to NumPy
+    from safetensors import SafetensorError, safe_open
+
+    values = {}
     try:
-        with file.open("rb") as opened:
-            values = _read_numbers(opened)
-    except (OSError, ValueError, KeyError, RecursionError) as error:
+        with safe_open(str(file), framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                if (known := name.rpartition(".")[2]) in ("logit_scale", "logit_bias"):
+                    number = opened.get_tensor(name).astype(np.float64).reshape(())
+                    values[known] = float(number)
+    except (OSError, AttributeError, TypeError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"{printable(file)} cannot be read: {printable(error)}. Get it again, or give"
             " --logit-scale (and --logit-bias)."
@@ -122,30 +125,6 @@ def _from_safetensors(file: Path, has_bias: bool) -> Scale | None:
     scale = math.exp(min(values["logit_scale"], 100.0))  # beyond that, `_checked` refuses it
     bias = values["logit_bias"] if has_bias else 0.0
     return _checked(file, scale, bias, f"{file.name}: logit_scale")
-
-
-def _read_numbers(opened: IO[bytes]) -> dict[str, float]:
-    """Return `logit_scale` and `logit_bias`, as far as the file has them. Raises: ValueError."""
-    length = int.from_bytes(opened.read(8), "little")
-    if length > _HEADER_BYTES:
-        raise ValueError(f"its header claims {length:,} bytes")
-    header = msgspec.json.decode(opened.read(length), type=dict[str, dict[str, Any]])
-    found = {}
-    for name, entry in header.items():
-        if (known := name.rpartition(".")[2]) in ("logit_scale", "logit_bias"):
-            begin, end = msgspec.convert(entry["data_offsets"], tuple[int, int])
-            dtype = str(entry["dtype"])
-            if dtype not in _SIZES or begin < 0 or end - begin != _SIZES[dtype]:
-                raise ValueError(f"{known} is not one floating-point number")
-            opened.seek(8 + length + begin)
-            found[known] = _number(opened.read(end - begin), dtype)
-    return found
-
-
-def _number(data: bytes, dtype: str) -> float:
-    if dtype == "BF16":  # the upper half of a float32
-        data, dtype = b"\0\0" + data, "F32"
-    return float(np.frombuffer(data, f"<f{_SIZES[dtype]}")[0])
 
 
 # ── ONNX ──────────────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +145,11 @@ def _from_onnx(file: Path, has_bias: bool) -> Scale | None:
     if output is None:
         return None
     producers = {name: node for node in graph.node for name in node.output}
-    weights = {tensor.name: tensor for tensor in graph.initializer if _is_small(tensor)}
+    weights = {
+        name: tensor
+        for name, tensor in constants(graph).items()
+        if math.prod(tensor.dims) == 1 and not tensor.external_data
+    }
 
     def constant(tensor: str) -> float | None:
         return _constant(tensor, producers, weights)
@@ -194,10 +177,6 @@ def _from_onnx(file: Path, has_bias: bool) -> Scale | None:
     return _checked(file, scale, bias if has_bias else 0.0, f"{file.name}: the graph's last steps")
 
 
-def _is_small(tensor: onnx.TensorProto) -> bool:
-    return math.prod(tensor.dims) == 1 and not tensor.external_data
-
-
 def _constant(
     name: str,
     producers: Mapping[str, onnx.NodeProto],
@@ -212,10 +191,6 @@ def _constant(
     node = producers.get(name)
     if node is None or depth > len(_UNCHANGED) + 2:
         return None
-    if node.op_type == "Constant":
-        tensors = [item.t for item in node.attribute if item.name == "value" and _is_small(item.t)]
-        held = {tensor.name or name: tensor for tensor in tensors}
-        return _constant(next(iter(held)), {}, held) if held else None
     if node.op_type == "Exp" or node.op_type in _UNCHANGED:
         value = _constant(node.input[0], producers, weights, depth + 1)
         if value is None or node.op_type != "Exp":

@@ -213,7 +213,7 @@ class TextTower:
 def _inputs_and_outputs(file: Path) -> tuple[dict[str, list[int | None]], list[str]]:
     """Return the inputs' dimensions by name, None where they are open, and the outputs' names."""
     model = wrap.parse(file)
-    wrap.external_files(file, model)
+    wrap.files_of(file, model)  # which checks their places
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = {
         value.name: [dim.dim_value or None for dim in value.type.tensor_type.shape.dim]
