@@ -12,19 +12,18 @@ from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
-from numpy.typing import NDArray
 
 from imagemill.errors import ClassCountError, UsageError
 from imagemill.models import bundle as bundles
 from imagemill.models import mistaken
 from imagemill.models.architectures import Architecture, fitted
+from imagemill.models.architectures.graph import Array
 from imagemill.models.card import Color, ModelCard, ReadCard
 from imagemill.models.labels import imagenet_labels
 from imagemill.models.preprocessing import normalisation, with_normalisation, with_recipe
 from imagemill.records import Bundle, Card, Recipe, Scores
 from imagemill.system.messages import Notify
 
-Array = NDArray[Any]
 Origin = Mapping[str, str | int | bool | None]
 
 

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from imagemill.errors import DownloadError, ModelError, UsageError, printable
+from imagemill.errors import DownloadError, ModelError, OutputError, UsageError, printable
 from imagemill.models import bundle as bundles
 from imagemill.models import hub_library
 from imagemill.models.folders import json_file
@@ -446,15 +445,13 @@ def _link(source: Path, target: Path) -> None:
 
     A symbolic link will not do: ONNX refuses to read weights through one.
     """
-    making = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        making.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
         try:
-            os.link(source.resolve(), making)
+            os.link(source.resolve(), target)
         except OSError:
-            shutil.copyfile(source, making)
-        making.replace(target)
-        making.unlink(missing_ok=True)  # renaming does nothing if both are the same file
-    except OSError as error:
+            with source.open("rb") as opened:
+                files.write_whole(target, iter(lambda: opened.read(2**20), b""))
+    except (OSError, OutputError) as error:
         raise bundles.cannot_write(target, error) from error

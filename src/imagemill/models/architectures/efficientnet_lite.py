@@ -14,19 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from msgspec import Struct
-from numpy.typing import NDArray
 
 from imagemill.models.architectures import graph
+from imagemill.models.architectures.graph import Array, Channels
 from imagemill.records import Interpolation, Recipe
 
 if TYPE_CHECKING:
     import onnx
-
-Array = NDArray[Any]
 
 STEM: Final = 32
 FEATURES: Final = 1280
@@ -171,11 +169,7 @@ class EfficientNetLite(Struct, frozen=True):
         return graph.random_arrays(self.shapes(), seed)
 
     def build(
-        self,
-        arrays: Mapping[str, Array],
-        recipe: Recipe,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        self, arrays: Mapping[str, Array], recipe: Recipe, mean: Channels, std: Channels
     ) -> onnx.ModelProto:
         """Return the ONNX model of arrays under the names of `shapes`."""
         g = graph.Graph(arrays, epsilon=1e-3 if self.is_tensorflow else 1e-5)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 Shapes = dict[str, tuple[int, ...]]
+Channels = tuple[float, float, float]
 
 OPSET: Final = 11
 IR_VERSION: Final = 6
@@ -202,7 +203,7 @@ class Graph(Nodes):
         kept = np.ascontiguousarray(array, None if array.dtype.kind == "i" else np.float32)
         return super().weight(name, kept)
 
-    def normalise(self, pixels: str, mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    def normalise(self, pixels: str, mean: Channels, std: Channels) -> str:
         """Turn uint8 (n, H, W, 3) into the float32 (n, 3, H, W) tensor `normalised`.
 
         Kept apart from the first convolution: folded into it, the border's zero padding would stand

@@ -13,18 +13,16 @@ The stride is on the 3×3 convolution, as in torchvision and timm.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
-from numpy.typing import NDArray
 
 from imagemill.models.architectures import graph
+from imagemill.models.architectures.graph import Array, Channels
 from imagemill.records import Recipe
 
 if TYPE_CHECKING:
     import onnx
-
-Array = NDArray[Any]
 
 BLOCKS: Final = {
     18: (2, 2, 2, 2),
@@ -127,11 +125,7 @@ class ResNet(Struct, frozen=True):
         return names(arrays)
 
     def build(
-        self,
-        arrays: Mapping[str, Array],
-        recipe: Recipe,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        self, arrays: Mapping[str, Array], recipe: Recipe, mean: Channels, std: Channels
     ) -> onnx.ModelProto:
         """Return the ONNX model of arrays under the names of `shapes`."""
         g = graph.Graph(arrays, epsilon=1e-5)

@@ -222,8 +222,8 @@ def _staging(request: Request, config: Mapping[str, Any], home: Path) -> Iterato
     """Make a folder that has the configuration and links to the weights, and nothing else that a
     library might read or execute.
     """
-    staging = home.with_name(f".{home.name}.{os.getpid()}.tmp")
-    files.clear_folder(staging)
+    # Not by process id: processes of two machines, or containers, may have the same one.
+    staging = home.with_name(f".{home.name}.{os.urandom(6).hex()}.tmp")
     try:
         for name in ("model", "onnx"):
             files.make_folder(staging / name)

@@ -17,7 +17,7 @@ import numpy as np
 from msgspec import Struct
 
 from imagemill.errors import ModelError, UsageError, printable
-from imagemill.models.custom.outputs import constants
+from imagemill.models.custom.outputs import constants, producers
 
 if TYPE_CHECKING:
     import onnx
@@ -144,24 +144,21 @@ def _from_onnx(file: Path, has_bias: bool) -> Scale | None:
     output = next((value.name for value in graph.output if value.name in _SCORES), None)
     if output is None:
         return None
-    producers = {name: node for node in graph.node for name in node.output}
+    made_by = producers(graph)
     weights = {
         name: tensor
         for name, tensor in constants(graph).items()
         if math.prod(tensor.dims) == 1 and not tensor.external_data
     }
 
-    def constant(tensor: str) -> float | None:
-        return _constant(tensor, producers, weights)
-
     scale, bias = None, 0.0
-    while (node := producers.get(output)) is not None:
+    while (node := made_by.get(output)) is not None:
         if node.op_type in _UNCHANGED:
             output = node.input[0]
             continue
         if node.op_type not in ("Mul", "Add"):
             break
-        values = [constant(name) for name in node.input]
+        values = [_constant(name, made_by, weights) for name in node.input]
         if (values[0] is None) == (values[1] is None):
             break
         value, output = (
@@ -179,7 +176,7 @@ def _from_onnx(file: Path, has_bias: bool) -> Scale | None:
 
 def _constant(
     name: str,
-    producers: Mapping[str, onnx.NodeProto],
+    made_by: Mapping[str, onnx.NodeProto],
     weights: Mapping[str, onnx.TensorProto],
     depth: int = 0,
 ) -> float | None:
@@ -188,11 +185,11 @@ def _constant(
 
     if name in weights:
         return float(numpy_helper.to_array(weights[name]).astype(np.float64).reshape(()))
-    node = producers.get(name)
+    node = made_by.get(name)
     if node is None or depth > len(_UNCHANGED) + 2:
         return None
     if node.op_type == "Exp" or node.op_type in _UNCHANGED:
-        value = _constant(node.input[0], producers, weights, depth + 1)
+        value = _constant(node.input[0], made_by, weights, depth + 1)
         if value is None or node.op_type != "Exp":
             return value
         return math.exp(min(value, 100.0))
