@@ -25,7 +25,7 @@ with open(os.environ["SPRUNG"], "a") as file:
     file.write(__file__ + chr(10))
 raise SystemExit("sprung: " + __file__)
 """
-OTHERS = """PIL indexed_gzip jinja2 nncf numpy obstore onnx onnxruntime openvino openvino_telemetry pandas psutil pyarrow rich safetensors
+OTHERS = """PIL indexed_gzip jinja2 ml_dtypes nncf numpy obstore onnx onnxruntime openvino openvino_telemetry pandas psutil pyarrow rich safetensors
     simplejpeg torch urllib3 yaml""".split()
 STARTERS = set(
     "Popen run call check_call check_output system popen fork posix_spawn Process Pool"

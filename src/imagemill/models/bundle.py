@@ -188,12 +188,10 @@ def describe_origin(card: Card) -> str:
     match origin.get("source"):
         case "random":
             return f"random weights, seed {origin.get('seed')}: its predictions mean nothing"
-        case "file":
+        case "file" | "onnx":
             text = f"from your file {origin.get('file')}"
         case "url":
             text = f"from {origin.get('url')}"
-        case "onnx":
-            return f"from your file {origin.get('file')}"
         case "hub":
             commit = str(origin.get("commit"))[:12]
             text = f"from hf:{origin.get('repository')}@{commit}"
@@ -207,7 +205,7 @@ def describe_origin(card: Card) -> str:
             text = f"from {other}"
     if origin.get("verified"):
         return f"{text}, hash verified"
-    return text if origin.get("source") == "file" else f"{text}, no published hash"
+    return text if origin.get("source") in ("file", "onnx") else f"{text}, no published hash"
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────

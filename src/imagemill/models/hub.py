@@ -418,14 +418,12 @@ def _download(
 
 def _check(repo: str, name: str, path: Path, file: HubFile) -> None:
     """Compare a file of the cache with the listing; a damaged one is removed from the cache."""
-    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(usedforsecurity=False)
     size = path.stat().st_size
-    if not file.sha256:  # as Git hashes a file
-        digest.update(b"blob %d\0" % size)
+    as_git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    digest = hashlib.sha256() if file.sha256 else as_git
     with path.open("rb") as opened:
-        while piece := opened.read(2**20):
-            digest.update(piece)
-    found, expected = digest.hexdigest(), file.sha256 or file.blob
+        found = hashlib.file_digest(opened, lambda: digest).hexdigest()
+    expected = file.sha256 or file.blob
     if size == file.size and (expected is None or found == expected):
         return
     with contextlib.suppress(OSError):

@@ -361,10 +361,9 @@ def _tensor(storage: Storage, offset: object, size: object, stride: object) -> T
     return Tensor(storage, offset, sizes, strides)
 
 
-def _naturals(values: object) -> tuple[int, ...] | None:
+def _naturals(values: Any) -> tuple[int, ...] | None:
     if type(values) not in (tuple, list):
         return None
-    assert isinstance(values, tuple | list)
     return tuple(values) if all(type(value) is int and value >= 0 for value in values) else None
 
 
