@@ -330,7 +330,6 @@ def test_names_of_classes_are_found_beside_the_weights(
     "root",
     [
         {},
-        [],
         {"classes": 10},
         {"classes": []},
         {"classes": ["a", 1]},
