@@ -63,16 +63,16 @@ def launcher_and_ledger(settings: Settings) -> tuple[int, dict[str, float]]:
     class Timed(runner.Launcher):
         run = spent.around("launcher", runner.Launcher.run)
 
-    kept = runner.Launcher, ledger.committed, ledger.close
-    runner.Launcher, ledger.committed, ledger.close = (  # type: ignore[misc]
+    kept = runner.Launcher, ledger.existing_parts, ledger.close
+    runner.Launcher, ledger.existing_parts, ledger.close = (  # type: ignore[misc]
         Timed,
-        spent.around("ledger", ledger.committed),
+        spent.around("ledger", ledger.existing_parts),
         spent.around("ledger", ledger.close),
     )
     try:
         summary = runner.run(settings)
     finally:
-        runner.Launcher, ledger.committed, ledger.close = kept  # type: ignore[misc]
+        runner.Launcher, ledger.existing_parts, ledger.close = kept  # type: ignore[misc]
     return summary.images, spent.seconds
 
 

@@ -117,7 +117,8 @@ def committed(folder: Path, _: int) -> None:
 
     paths = _paths(folder)
     every = plan.shards(paths.plan)
-    assert len(ledger.committed(open_store(paths), every)) == len(every)
+    parts = ledger.existing_parts(open_store(paths))
+    assert all(shard.number in parts for shard in every)
 
 
 def close(folder: Path, images: int) -> None:

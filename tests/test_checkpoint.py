@@ -401,6 +401,15 @@ def test_only_the_tensors_that_are_used_are_read(tmp_path: Path) -> None:
     assert same(checkpoint.read(repack(path, {"archive/data/3": bytes(7_999_000)})), WEIGHTS)
 
 
+def test_weights_that_an_optimizer_keeps_too_are_found() -> None:
+    """A pickle may refer to one mapping from several places."""
+    shared = {"weight": 1}
+    root = {"optimizer": {"ema": shared}, "train": {"model": shared}}
+    assert [path for path, _ in pickled.walk(root, 4, without="optim")] == [
+        *("", "train", "train/model")
+    ]
+
+
 @pytest.mark.parametrize(
     "state", [argparse.Namespace(lr=1), {"model": argparse.Namespace(lr=1), "epoch": 3}]
 )

@@ -533,3 +533,25 @@ def test_a_repository_without_usable_weights_lists_what_it_has() -> None:
     several = dict.fromkeys(["a.onnx", "b.onnx"], hubs.HubFile(1))
     with pytest.raises(ModelError, match=r"none is called model\.onnx: a\.onnx, b\.onnx"):
         hubs.classifier_files("a/b", several)
+
+
+def test_a_file_that_is_read_does_not_vanish_while_it_is_linked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes may use a repository for the first time at once, also where its cache is on
+    another file system.
+    """
+    (tmp_path / "source").write_bytes(b"weights")
+    target = tmp_path / "model.onnx"
+    target.write_bytes(b"weights")
+
+    def elsewhere(*_: object) -> None:
+        assert target.exists()
+        raise OSError
+
+    hubs._link(tmp_path / "source", target)
+    assert target.samefile(tmp_path / "source")
+    monkeypatch.setattr(os, "link", elsewhere)
+    hubs._link(tmp_path / "source", target)
+    assert not target.samefile(tmp_path / "source")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "source"]

@@ -144,6 +144,14 @@ def test_a_hanging_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     )
 
 
+def test_a_decoder_that_takes_no_image_is_killed_too(decoder: IsolatedDecoder) -> None:
+    """The limit holds for sending a large image as well: a child that is stopped reads nothing."""
+    decoder.decode(sample_images.jpeg(), Recipe(), LIMITS)
+    os.kill(child_pid(decoder), signal.SIGSTOP)
+    large = sample_images.jpeg() + bytes(5_000_000)
+    assert decoder.decode(large, Recipe(), Limits(20_000_000, 2**24, 0.5)).status is Status.OK
+
+
 def test_a_greedy_image_becomes_a_row(decoder: IsolatedDecoder) -> None:
     """One that wants more memory than a child may have is `too_large`; the child's address space is
     bounded.

@@ -55,6 +55,22 @@ def models(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_folder_that_another_user_is_making_is_not_looked_into(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is closed to others."""
+    is_bundle = bundle.is_bundle
+
+    def closed(folder: Path) -> bool:
+        if folder.name.startswith("."):
+            raise PermissionError
+        return is_bundle(folder)
+
+    monkeypatch.setattr(bundle, "is_bundle", closed)
+    (models / ".birds.x1y2").mkdir()
+    assert "birds" in {row.name for row in listing.listing(models)}
+
+
 def test_every_model_has_a_row_that_says_how_it_can_run(models: Path) -> None:
     """Published ones by family, then what else is in the models folder; half made ones are not."""
     rows = {row.name: row for row in listing.listing(models)}

@@ -348,7 +348,7 @@ def test_precisions_json_is_checked_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         precisions.choose(bundle, 10)
     assert str(caught.value) == (
-        f"{file} cannot be read: [...].comparison.images: expected `int`, got `str`. Remove it;"
+        f"{file} cannot be read: bf16.comparison.images: expected `int`, got `str`. Remove it;"
         " `imagemill quantize` writes it again."
     )
 

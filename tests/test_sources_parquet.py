@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -710,6 +710,25 @@ def test_a_killed_run_over_a_table_resumes(
     run.run(job(small_jpegs, output=str(tmp_path / "calm")))
     assert answers(tmp_path / "out") == answers(tmp_path / "calm")
     assert imagemill("verify", tmp_path / "out").code == 0
+
+
+def test_a_row_group_is_begun_again_after_a_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error passes, and the row that was asked for is there the next time."""
+    file = written(tmp_path / "t.parquet", pa.table({"image": [b"x", b"y"]}))
+    first, second = listed(file)
+    batches = parquet.OpenTable.batches
+
+    def exhausted(*_: Any) -> Iterator[Any]:
+        monkeypatch.setattr(parquet.OpenTable, "batches", batches)
+        raise MemoryError
+        yield
+
+    monkeypatch.setattr(parquet.OpenTable, "batches", exhausted)
+    with pytest.raises(MemoryError):
+        fetched(file, second)
+    assert (fetched(file, second), fetched(file, first)) == (b"y", b"x")
 
 
 def test_a_table_that_cannot_be_listed_ends_before_anything_is_written(

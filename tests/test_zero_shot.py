@@ -203,7 +203,8 @@ def safetensors(file: Path, **values: tuple[str, bytes]) -> Path:
     header, data = {}, b""
     for name, (dtype, number) in values.items():
         ends = [len(data), len(data) + len(number)]
-        header[name.replace("__", ".")] = {"dtype": dtype, "shape": [], "data_offsets": ends}
+        shape = [] if dtype != "F32" or len(number) == 4 else [len(number) // 4]
+        header[name.replace("__", ".")] = {"dtype": dtype, "shape": shape, "data_offsets": ends}
         data += number
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + data)
@@ -600,7 +601,7 @@ def deep(folder: Path) -> None:
             lambda folder: safetensors(
                 folder / "model.safetensors", logit_scale=("F32", b"\0" * 8)
             ),
-            "model.safetensors cannot be read",
+            "logit_scale is not one floating-point number",
         ),
         (
             lambda folder: safetensors(

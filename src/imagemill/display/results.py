@@ -179,7 +179,8 @@ def format_problems(
     ends = [problem for problem in problems if problem["problem"] == ledger.NOT_FINISHED]
     is_finished = not any(problem["path"].endswith("/summary.json") for problem in ends)
     unnamed = missing[_MAX_MISSING:] if is_finished else [*missing, *ends]
-    named = [problem for problem in problems if problem not in unnamed]
+    hidden = set(map(id, unnamed))
+    named = [problem for problem in problems if id(problem) not in hidden]
     lines = [f"{problem['path']} {problem['problem']}" for problem in named]
     if not is_finished:
         what = counted(len(missing), "part") if missing else "only the summary"

@@ -443,11 +443,13 @@ def _link(source: Path, target: Path) -> None:
 
     A symbolic link will not do: ONNX refuses to read weights through one.
     """
+    making = target.with_name(f".{target.name}.{os.urandom(6).hex()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
         try:
-            os.link(source.resolve(), target)
+            os.link(source.resolve(), making)
+            making.replace(target)
+            making.unlink(missing_ok=True)  # renaming does nothing if both are the same file
         except OSError:
             with source.open("rb") as opened:
                 files.write_whole(target, iter(lambda: opened.read(2**20), b""))

@@ -134,7 +134,8 @@ def _on_disk(models_dir: Path) -> Iterator[tuple[str, Bundle | None]]:
     if not models_dir.is_dir():
         return
     for folder in sorted(models_dir.iterdir()):
-        if bundles.is_bundle(folder) and not folder.name.startswith("."):  # half made
+        if not folder.name.startswith(".") and bundles.is_bundle(folder):  # a half made one may be
+            # closed to other users
             try:
                 yield folder.name, bundles.load(folder)
             except ModelError:

@@ -14,7 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -141,7 +141,14 @@ def read(folder: Path) -> dict[str, PrecisionRecord]:
         return {}
     except OSError as error:
         raise ModelError(f"{file} cannot be read: {error.strerror}. {remedy}") from error
-    return serialization.decode(data, dict[str, PrecisionRecord], str(file), ModelError, remedy)
+    found = serialization.decode(data, dict[str, dict[str, Any]], str(file), ModelError, remedy)
+    records = {}
+    for name, value in found.items():
+        try:
+            records[name] = serialization.from_plain(PrecisionRecord, value)
+        except ValueError as error:
+            raise ModelError(f"{file} cannot be read: {name}.{error}. {remedy}") from error
+    return records
 
 
 def write(folder: Path, **records: PrecisionRecord) -> dict[str, PrecisionRecord]:

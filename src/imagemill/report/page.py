@@ -161,6 +161,7 @@ def _template() -> jinja2.Template:
         "percent": _percent,
         "rate": _rate,
         "ticks": _ticks,
+        "seconds": _seconds,
         "times": _times,
     }
     return environment.get_template("page.html.j2")
@@ -202,6 +203,15 @@ def _percent(share: float, digits: int = 1) -> str:
 
 def _rate(value: float | None) -> str:
     return "–" if value is None else f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}"
+
+
+def _seconds(value: float) -> str:
+    if value < 10:
+        return f"{value:.1f} s"
+    if value < 120:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _times(values: Iterable[float]) -> list[str]:

@@ -29,8 +29,9 @@ def read_file(file: Path, labels: Sequence[str]) -> tuple[float, ...]:
     """Return the threshold of each label, in their order.
 
     Args:
-        file: CSV in UTF-8; its header names the columns `label` and `threshold`, others are
-            ignored. It has one line for each label. Classes with the same label share a threshold.
+        file: CSV, as `read_text` reads it; its header names the columns `label` and `threshold`,
+            others are ignored. It has one line for each label. Classes with the same label share a
+            threshold.
         labels: one per class.
 
     Raises:

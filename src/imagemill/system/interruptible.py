@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 A = TypeVar("A")
 
 _AT_ONCE = 16
 """Calls of `run_all`. Servers and object stores take some 30 ms for each."""
-_last_write: list[threading.Thread] = []
-"""The thread of the latest write, which a later one must not overtake; it may have ended."""
+_last_write: list[Future[Any]] = []
+"""The latest write, which a later one must not overtake; it may have ended."""
 
 
 def run(call: Callable[[], T], *, writes: bool = False) -> T:
@@ -35,10 +35,8 @@ def run(call: Callable[[], T], *, writes: bool = False) -> T:
     answer: Future[T] = Future()
     thread = threading.Thread(target=set_answer, args=(answer, call), name="waiting", daemon=True)
     if writes:
-        for earlier in _last_write:
-            if earlier.is_alive():
-                earlier.join()
-        _last_write[:] = [thread]
+        wait(_last_write)  # a thread whose `join` a signal interrupts would count as ended
+        _last_write[:] = [answer]
     thread.start()
     return answer.result()
 

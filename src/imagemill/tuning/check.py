@@ -161,7 +161,7 @@ def carry_out(
         now = variants.read(asked.bundle.dir)
         if asked.images is not None and not asked.gpus and now != asked.known:
             return {}  # another process wrote results while this one waited: the caller reads them
-        from imagemill.tuning.on_gpus import GpuRun  # a class of `Run`
+        from imagemill.tuning.on_gpus import GpuRun  # a subclass of `Run`
 
         return (GpuRun if asked.gpus else Run)(asked, now, notify, at).carry_out()
 

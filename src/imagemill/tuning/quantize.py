@@ -123,7 +123,9 @@ def save(model: Any, folder: Path) -> Path:
     """
     ov = load_openvino()
     try:
-        with tempfile.TemporaryDirectory(prefix=".int8.", dir=folder) as making:
+        with tempfile.TemporaryDirectory(
+            prefix=".int8.", dir=folder, ignore_cleanup_errors=True
+        ) as making:
             temporary = Path(making) / "model.xml"
             ov.save_model(model, str(temporary), compress_to_fp16=False)
             target = folder / f"int8-{variants.digest(temporary)[:16]}.xml"

@@ -367,15 +367,18 @@ def _naturals(values: Any) -> tuple[int, ...] | None:
     return tuple(values) if all(type(value) is int and value >= 0 for value in values) else None
 
 
-def walk(root: dict[Any, Any], deepest: int) -> list[tuple[str, dict[Any, Any]]]:
+def walk(
+    root: dict[Any, Any], deepest: int, without: str = "/"
+) -> list[tuple[str, dict[Any, Any]]]:
     """Return the mapping that a pickle described and those inside it, each once, with the path to
-    it, which has at most `deepest` parts.
+    it, which has at most `deepest` parts. What is in an entry whose name contains `without`, in any
+    case, is left out.
     """
     mappings, seen = [("", root)], {id(root)}
     for path, mapping in mappings:  # grows meanwhile
         for name, value in mapping.items():
             is_new = isinstance(name, str) and isinstance(value, dict) and id(value) not in seen
-            if is_new and path.count("/") + bool(path) < deepest:
+            if is_new and path.count("/") + bool(path) < deepest and without not in name.lower():
                 seen.add(id(value))
                 mappings.append((f"{path}/{name}" if path else name, value))
     return mappings

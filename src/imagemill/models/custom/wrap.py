@@ -221,12 +221,15 @@ def build(source: Source, folder: Path) -> Checked:
             prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
         ) as making:
             checked = _build(source, Path(making) / "bundle")
-            checked.bundle.dir.rename(folder)
+            try:
+                checked.bundle.dir.rename(folder)
+            except OSError:
+                if not bundles.is_bundle(folder):  # another process may have made it meanwhile
+                    raise
     except OSError as error:
-        if not bundles.is_bundle(folder):  # another process may have made it meanwhile
-            raise ModelError(
-                f"{folder} cannot be written: {error.strerror}. Choose another folder."
-            ) from error
+        raise ModelError(
+            f"{folder} cannot be written: {error.strerror}. Choose another folder."
+        ) from error
     return replace(checked, bundle=replace(checked.bundle, dir=folder))
 
 
@@ -337,7 +340,12 @@ def _is_text(message: Any) -> bool:
     return True
 
 
-def _load_external_data(file: Path, model: onnx.ModelProto) -> None:
+def load_external_data(file: Path, model: onnx.ModelProto) -> None:
+    """Add the weights in files beside an ONNX file to its graph.
+
+    Raises:
+        ModelError: a file is missing, damaged, or outside the folder.
+    """
     from onnx.external_data_helper import load_external_data_for_model
 
     files_of(file, model)  # which checks their places
@@ -353,7 +361,7 @@ def _load_external_data(file: Path, model: onnx.ModelProto) -> None:
 def _build(source: Source, folder: Path) -> Checked:
     """Wrap a file into a bundle folder, which may be left unfinished, and run it once."""
     file, model = source.file, source.model
-    _load_external_data(file, model)
+    load_external_data(file, model)
     plan = examine(file, model, source.read)
     own = _own_labels(file.name, model) or plan.head.labels
     assemble(model, plan)

@@ -88,6 +88,7 @@ def make(
     if not bundles.is_free(output):
         return _existing(output, key, notify)
     model = wrap.parse(towers.image_file)
+    wrap.load_external_data(towers.image_file, model)  # before the long work on the texts
     wanted = _features(towers.image_file, model, kind.image_output)
     notify(f"logit_scale: {scale.scale:.6g} ({scale.origin})")
     if has_bias:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from msgspec import Struct
@@ -28,6 +28,7 @@ _LARGEST: Final = 1e4
 """Scales and biases of published models lie between 10 and 130, and between -20 and 0."""
 _SCORES: Final = ("logits_per_image", "logits_per_text")
 """Outputs of an ONNX file of both towers."""
+_FLOATS: Final = ("F64", "F32", "F16", "BF16")
 _UNCHANGED: Final = ("Transpose", "Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze")
 """Operators that leave a single number, or the order of the scores' arithmetic, as it is."""
 
@@ -113,9 +114,8 @@ def _from_safetensors(file: Path, has_bias: bool) -> Scale | None:
         with safe_open(str(file), framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 if (known := name.rpartition(".")[2]) in ("logit_scale", "logit_bias"):
-                    number = opened.get_tensor(name).astype(np.float64).reshape(())
-                    values[known] = float(number)
-    except (OSError, AttributeError, TypeError, ValueError, SafetensorError) as error:
+                    values[known] = _number(opened, name)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"{printable(file)} cannot be read: {printable(error)}. Get it again, or give"
             " --logit-scale (and --logit-bias)."
@@ -125,6 +125,14 @@ def _from_safetensors(file: Path, has_bias: bool) -> Scale | None:
     scale = math.exp(min(values["logit_scale"], 100.0))  # beyond that, `_checked` refuses it
     bias = values["logit_bias"] if has_bias else 0.0
     return _checked(file, scale, bias, f"{file.name}: logit_scale")
+
+
+def _number(opened: Any, name: str) -> float:
+    """Return the number in an open safetensors file. Raises: ValueError."""
+    part = opened.get_slice(name)
+    if math.prod(part.get_shape()) != 1 or part.get_dtype() not in _FLOATS:
+        raise ValueError(f"{name.rpartition('.')[2]} is not one floating-point number")
+    return float(opened.get_tensor(name).astype(np.float64).item())
 
 
 # ── ONNX ──────────────────────────────────────────────────────────────────────────────────────────

@@ -41,8 +41,6 @@ _BYTES_PER_PIXEL = 24
 mask, and the finite ones.
 """
 _ALARM_MARGIN = 10.0
-_LONGEST_SECONDS = 86_400.0
-"""A day; what waits for a message takes no number of any size."""
 _FAILED = (Status.CRASHED_DECODER, Status.TIMEOUT)
 
 
@@ -103,23 +101,34 @@ class IsolatedDecoder:
     def _attempt(self, data: bytes, recipe: Recipe, limits: Limits, partial: bool) -> Decoded:
         """Decode an image. If the child dies of it or is killed for it, the status is `_FAILED`."""
         child = self._get_child(_address_space(limits))
+        out_of_time = threading.Event()
+
+        def give_up() -> None:
+            out_of_time.set()
+            child.kill()
+
+        # A killed child closes its connection, which ends a blocked send as well as the receive.
+        timer = threading.Timer(limits.max_seconds, give_up)
+        timer.daemon = True
+        timer.start()
         try:
             child.send((recipe, limits, partial))
             with contextlib.suppress(OSError):  # the child is dead, which receive reports
                 child.connection.send_bytes(data)
-            answer = child.receive(min(limits.max_seconds, _LONGEST_SECONDS))
+            answer = child.receive()
             assert isinstance(answer, Decoded)
             return answer
         except ChildError as died:
-            is_late = not child.is_reaped
             self._discard()
-            if is_late or signal.SIGALRM.name in str(died):
+            if out_of_time.is_set() or signal.SIGALRM.name in str(died):
                 why = f"decoding took more than {limits.max_seconds:g} s"
                 return Decoded(None, Status.TIMEOUT, why)
             return Decoded(None, Status.CRASHED_DECODER, f"the decoder {died}")
         except BaseException:  # such as Ctrl-C: the next image must not get this one's answer
             self._discard()
             raise
+        finally:
+            timer.cancel()
 
     def _get_child(self, address_space: int) -> Child:
         """Return a child with this address space; start one if needed. Raises: WorkerError."""

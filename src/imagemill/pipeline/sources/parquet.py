@@ -323,8 +323,9 @@ class OpenTable:
 
     def __init__(self, location: bytes) -> None:
         if storage.is_url(location):
-            blob = storage.BlobFile(storage.open_blob(location))
-            self._bytes: Any = pa.PythonFile(blob, mode="r")
+            with _patient():
+                blob = storage.open_blob(location)
+            self._bytes: Any = pa.PythonFile(_BlobReader(blob), mode="r")
         else:
             if not stat.S_ISREG(os.stat(location).st_mode):  # noqa: PTH116 - bytes; a FIFO would be waited for
                 raise OSError(errno.EINVAL, "is not a regular file")
@@ -408,6 +409,33 @@ class OpenTable:
                 yield keeper.pack(f"source {name}", dict(zip(columns, row, strict=True)))
 
 
+class _BlobReader(storage.BlobFile):
+    """A blob for Arrow: without the copies that `io.RawIOBase` makes, and with failures that cannot
+    be taken for damage.
+    """
+
+    def read(self, size: int = -1) -> bytes:
+        """Return as many bytes as asked for, unless the blob ends."""
+        with _patient():
+            data = self._blob.read_at(self._at, size if size >= 0 else self._blob.size - self._at)
+        self._at += len(data)
+        return data
+
+
+@contextlib.contextmanager
+def _patient() -> Iterator[None]:
+    """Have failures of a store be none that may pass by themselves: its client has tried for long
+    enough.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            errno.EPROTO if error.errno in (None, errno.EIO) else error.errno,
+            error.strerror or str(error),
+        ) from error
+
+
 @contextlib.contextmanager
 def opening(name: str, location: bytes) -> Iterator[OpenTable]:
     """Open a table to list it. Raises: SourceError, for whatever goes wrong with it in there."""
@@ -468,7 +496,7 @@ class _RowGroup:
             if self._damage is not None:
                 raise BadImage(Status.CORRUPT, self._damage)
             try:
-                batch = next(self._coming)
+                batch = next(self._coming, None)
             except (OSError, pa.ArrowException) as error:
                 if _is_failure(error):
                     raise
@@ -476,6 +504,9 @@ class _RowGroup:
                     f"the table is damaged from row {self._next} of row group {self._group} on:"
                     f" {_reason(error)}"
                 )
+                continue
+            if batch is None:  # an error that is no damage, such as a lack of memory, ended it
+                self._begin()
                 continue
             self._kept.append((self._next, batch))
             self._next += len(batch)

@@ -46,8 +46,7 @@ class Failure(Exception):  # noqa: N818 - what is said, not what went wrong
 
 def main() -> int:
     """Serve the session until its end of the pipe is closed."""
-    # This file's folder comes first where modules are looked for, and holds a popart.py that is not
-    # popart.
+    # This file's folder comes first where modules are looked for.
     folder = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or os.curdir) != folder]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides
