@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -46,23 +47,32 @@ if (
 
 @pytest.fixture(scope="session", autouse=True)
 def _forked_children() -> Iterator[None]:
-    """The children of this process are forked, which saves their imports."""
-    yield from children_of(forked.Server())
+    """Command lines and the children of this process are forked, which saves their imports."""
+    with contextlib.closing(forked.Server()) as server, forked_by(server):
+        yield
+
+
+@pytest.fixture(scope="session")
+def _torch_server() -> Iterator[forked.Server]:
+    installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    with contextlib.closing(forked.Server(*(forked.TORCH if installed else ()))) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def torch_is_preloaded() -> Iterator[None]:
-    """The children have PyTorch and transformers too: importing these takes them seconds."""
-    installed = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-    yield from children_of(forked.Server(*(forked.TORCH if installed else ())))
+def torch_is_preloaded(_torch_server: forked.Server) -> Iterator[None]:
+    """They have PyTorch and transformers too: importing these takes seconds."""
+    with forked_by(_torch_server):
+        yield
 
 
-def children_of(server: forked.Server) -> Iterator[None]:
+@contextlib.contextmanager
+def forked_by(server: forked.Server) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         stands_in = SimpleNamespace(**vars(subprocess) | {"Popen": server.popen})
         patch.setattr(processes, "subprocess", stands_in)
+        patch.setattr(forked, "SERVER", server)
         yield
-    server.close()
 
 
 PHOTOGRAPHS_VARIABLE = "IMAGEMILL_PHOTOGRAPHS"
@@ -74,6 +84,7 @@ def _children_can_be_forked() -> Iterator[None]:
     before = forked.of_start(os.environ)
     yield
     assert forked.of_start(os.environ) == before
+    assert "TEST_HOOKS" not in os.environ
 
 
 @pytest.fixture(autouse=True)
@@ -205,14 +216,14 @@ def job(tmp_path: Path) -> Callable[..., Settings]:
 @pytest.fixture
 def imagemill() -> Callable[..., helpers.Result]:
     """Runs the command line; returns its exit code, outputs and JSON. It runs in this process,
-    unless the environment holds what only the start of a process reads.
+    unless the environment holds what only the start of a process reads, or hooks.
     """
 
     def call(
         *arguments: object, env: Mapping[str, str] | None = None, **options: Any
     ) -> helpers.Result:
         as_here = env is None or forked.of_start(env) == forked.of_start(helpers.environment())
-        if options.keys() <= {"cwd"} and as_here:
+        if options.keys() <= {"cwd"} and as_here and "TEST_HOOKS" not in (env or {}):
             return helpers.imagemill_here(*arguments, env=env, **options)
         return helpers.imagemill_cli(*arguments, env=env or helpers.environment(), **options)
 

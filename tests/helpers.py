@@ -23,14 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import forked
 import imagemill
 from imagemill import cli
 
 SOURCE_ROOT = Path(imagemill.__file__).resolve().parents[1]
-FAULTY_DECODERS = os.pathsep.join(
-    map(str, (Path(__file__).with_name("faulty_decoders"), SOURCE_ROOT, Path(__file__).parent))
-)
-"""PYTHONPATH of processes whose decoders crash or hang if an image asks for it."""
+FRESH = ("env",)
+"""In front of an interpreter it changes nothing, but what follows is no fork."""
 PROJECT = Path(__file__).resolve().parents[1]
 
 
@@ -54,6 +53,13 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **changes}
 
 
+def faulty_decoders() -> dict[str, str]:
+    """Variables of processes whose decoders crash or hang if an image asks for it."""
+    hooks = Path(__file__).with_name("faulty_decoders") / "sitecustomize.py"
+    path = f"{hooks.parent}{os.pathsep}{environment()['PYTHONPATH']}"
+    return {"PYTHONPATH": path, "TEST_HOOKS": str(hooks)}
+
+
 def start(
     *arguments: object,
     env: Mapping[str, str] | None = None,
@@ -61,8 +67,12 @@ def start(
     before: tuple[str, ...] = (),
 ) -> Any:
     """Start `imagemill ARGUMENTS` with its outputs in pipes; `before` is put in front of the
-    interpreter.
+    interpreter. Without it the process is a fork, if that can be, whose libraries are imported.
     """
+    words = [os.fsdecode(_argument(argument)) for argument in arguments]
+    env = env or environment()
+    if not before and (started := forked.start(words, env, cwd)):
+        return started
     command = [
         *before,
         sys.executable,
@@ -70,14 +80,14 @@ def start(
         "error",
         "-m",
         "imagemill",
-        *map(os.fspath, map(_argument, arguments)),
+        *words,
     ]
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=env or environment(),
+        env=env,
         cwd=cwd,
     )
 

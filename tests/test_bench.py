@@ -376,9 +376,8 @@ def test_what_a_worker_cannot_do_is_the_error_that_run_gives(tiny: Bundle, tmp_p
 
 def test_workers_end_with_the_bench(start: Callable[..., Any]) -> None:
     """However bench ends, its workers do: here by SIGKILL."""
-    process = start(
-        "bench", "--synthetic", "--model", "tiny", "--devices", "null:2", "--iterations", 100_000
-    )
+    words = ("bench", "--synthetic", "--model", "tiny", "--devices", "null:2")
+    process = start(*words, "--iterations", 100_000, before=helpers.FRESH)
 
     workers = helpers.until(
         lambda: found if len(found := children(process.pid)) == 2 else None, process=process

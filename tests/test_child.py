@@ -102,9 +102,8 @@ def test_python_m_imagemill_executes_none_either(tmp_path: Path) -> None:
             for name in ("typing", "argparse", "json", "ctypes", "tempfile", *OTHERS)
         },
     )
-    result = helpers.imagemill_cli(
-        "devices", env=helpers.environment(SPRUNG=str(tmp_path / "sprung")), cwd=here
-    )
+    env = helpers.environment(SPRUNG=str(tmp_path / "sprung"))
+    result = helpers.imagemill_cli("devices", env=env, cwd=here, before=helpers.FRESH)
     assert (result.code, (tmp_path / "sprung").exists()) == (0, False), result.err
 
 

@@ -244,7 +244,8 @@ def test_modules_in_the_working_directory_are_never_executed(
         "--engine",
         "ray",
     )
-    result = helpers.finish(start(*command, env=environment, cwd=here))
+    process = start(*command, env=environment, cwd=here, before=helpers.FRESH)
+    result = helpers.finish(process)
     assert (result.code, (tmp_path / "sprung").exists()) == (0, False), result.err
 
 

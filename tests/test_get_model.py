@@ -479,7 +479,7 @@ def test_listing_shows_what_is_published_and_what_is_here(models: Path, lite_fil
 
 # ── every architecture ────────────────────────────────────────────────────────────────────────────
 
-LARGE = 40_000_000
+LARGE = 15_000_000
 """Parameters from which a model takes gigabytes, or many seconds, to build: `make test-large`
 builds them too (13 GB of memory, 3 minutes).
 """

@@ -278,7 +278,7 @@ def test_jobs_on_torch_import_neither_openvino_nor_nncf(
     blocked = "sys.modules['openvino'] = sys.modules['nncf'] = None"
     hooks = harness.hooks(tmp_path / "hooks", blocked, IMAGEMILL_MODELS=str(models_dir))
     options = ("--model", "tiny", "--devices", "cpu@torch", "--output", tmp_path / "out")
-    done = helpers.imagemill_cli("run", jpegs(3), *options, env=hooks)
+    done = helpers.imagemill_cli("run", jpegs(3), *options, env=hooks, before=helpers.FRESH)
     assert done.code == 0, done.err
     assert len(helpers.rows(tmp_path / "out")) == 3
 

@@ -32,7 +32,8 @@ CRASH, HANG, OOM = b"imagemill-test-crash", b"imagemill-test-hang", b"imagemill-
 
 @pytest.fixture
 def decoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[IsolatedDecoder]:
-    monkeypatch.setenv("PYTHONPATH", helpers.FAULTY_DECODERS)
+    for name, value in helpers.faulty_decoders().items():
+        monkeypatch.setenv(name, value)
     with IsolatedDecoder() as decoder:
         yield decoder
 
@@ -200,7 +201,7 @@ time.sleep(600)
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": helpers.FAULTY_DECODERS},
+        env={**os.environ, **helpers.faulty_decoders()},
     ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())

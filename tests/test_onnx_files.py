@@ -471,8 +471,15 @@ def one_score(*nodes: Any, dims: list[Any] | None = None) -> onnx.ModelProto:
     return head(*nodes, classes=1, outputs={"y": dims or ["n", 1]})
 
 
-@pytest.mark.parametrize("kind", ["Identity", "Sigmoid", "HardSigmoid"])
-@pytest.mark.parametrize("dims", [["n", 1], ["n", 1, 1, 1]])
+@pytest.mark.parametrize(
+    ("kind", "dims"),
+    [
+        ("Identity", ["n", 1]),
+        ("Sigmoid", ["n", 1, 1, 1]),
+        ("HardSigmoid", ["n", 1]),
+        ("Identity", ["n", 1, 1, 1]),
+    ],
+)
 def test_one_score_with_two_labels_becomes_two_classes(
     kind: str, dims: list[Any], tmp_path: Path
 ) -> None:

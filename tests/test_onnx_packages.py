@@ -51,11 +51,12 @@ def file_of(module: str, path: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in LIGHT_MODELS if name != "vgg19"]
-)  # its weights: 600 MB
+    "name", ["bvlc_alexnet", "densenet121", "inception_v1", "shufflenet", "squeezenet"]
+)
 def test_the_light_graphs_of_onnx_are_wrapped(name: str, tmp_path: Path) -> None:
     """Classic networks of opset 9, exported for a batch of 1: logits and softmax, (n, 1000)
-    and (n, 1000, 1, 1), an input called `gpu_0/data_0`.
+    and (n, 1000, 1, 1), an input called `gpu_0/data_0`. The others are alike; the weights of VGG
+    take 600 MB.
     """
     file = Path(shutil.copy(LIGHT / f"light_{name}.onnx", tmp_path))
     _, checked = wrap.wrap(file, {})

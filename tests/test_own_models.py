@@ -61,7 +61,7 @@ def test_a_checkpoint_with_ten_classes_classifies_images(
     """`get-model birds --from …`, then `run --model birds`: the labels are the ten, and top-5
     classes and probabilities those of PyTorch.
     """
-    case = "torchvision/resnext50_32x4d"
+    case = "torchvision/resnet18"
     names = [f"bird {number}" for number in range(10)]
     half = {
         f"module.{name}": array.astype(np.float16) if array.dtype == np.float32 else array
@@ -76,9 +76,9 @@ def test_a_checkpoint_with_ten_classes_classifies_images(
     assert made.code == 0, made.err
     assert made.out.strip() == str(tmp_path / "models" / "birds")
     for line in (
-        "birds: resnext50_32x4d, 10 classes, recognised from the weights' names and shapes",
+        "birds: resnet18, 10 classes, recognised from the weights' names and shapes",
         "birds: resize: 224 (--resize)",
-        "birds: mean: 0.485 0.456 0.406 (usual for resnext50_32x4d)",
+        "birds: mean: 0.485 0.456 0.406 (usual for resnet18)",
         "birds: labels: 10: bird 0, bird 1, bird 2, bird 3, bird 4, … (--labels)",
     ):
         assert f"imagemill: {line}\n" in made.err

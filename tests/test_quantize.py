@@ -1276,7 +1276,8 @@ def test_an_image_that_kills_its_decoder_does_not_kill_the_job(
     """The accuracy check is started again with every image decoded in a disposable process, and judges by
     the others.
     """
-    monkeypatch.setenv("PYTHONPATH", helpers.FAULTY_DECODERS)
+    for name, value in helpers.faulty_decoders().items():
+        monkeypatch.setenv(name, value)
     folder = jpegs(12, **{"zz.jpg": b"imagemill-test-crash"})
     messages: list[str] = []
     found = check_process.in_child(

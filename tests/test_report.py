@@ -1097,7 +1097,7 @@ def test_images_that_are_gone_changed_or_deadly_are_placeholders(
     (source / "1.jpg").write_bytes(sample_images.jpeg(90, 50, seed=50))
     (source / "2.jpg").write_bytes(b"text")
     result = helpers.imagemill_cli(
-        "report", tmp_path / "out", env=helpers.environment(PYTHONPATH=helpers.FAULTY_DECODERS)
+        "report", tmp_path / "out", env=helpers.environment(**helpers.faulty_decoders())
     )
     assert (result.code, result.out) == (0, f"{tmp_path / 'out' / 'report.html'}\n"), result
     shown = opened(tmp_path / "out" / "report.html")

@@ -859,7 +859,7 @@ def test_an_operator_computes_what_its_definition_says(kind: str) -> None:
     first, make = CASES[kind]
     compared = 0
 
-    @settings(max_examples=25)
+    @settings(max_examples=10)
     @given(st.data())
     def check(data: st.DataObject) -> None:
         nonlocal compared

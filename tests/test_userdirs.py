@@ -50,7 +50,8 @@ def test_commands_work_without_a_home_directory(tmp_path: Path) -> None:
     environment = harness.hooks(tmp_path / "hooks", NO_ENTRY, TMPDIR=str(tmp_path))
     for name in ("HOME", "XDG_CACHE_HOME", "IMAGEMILL_MODELS"):
         environment.pop(name, None)
-    result = helpers.imagemill_cli("demo", "--output", tmp_path / "demo", env=environment)
+    arguments = ("demo", "--output", tmp_path / "demo")
+    result = helpers.imagemill_cli(*arguments, env=environment, before=helpers.FRESH)
     assert (result.code, "Traceback" in result.err) == (0, False), result.err
     folder = tmp_path / f"imagemill-{os.geteuid()}"
     assert (folder / "models" / "efficientnet_lite0" / "model.onnx").is_file()

@@ -13,7 +13,7 @@ function about to return. Two kills between which nothing changed outside the pr
 kill, so `record` prints one place for each state of the output folder, and all of `EVERY_PLACE`.
 `lines` adds those of `MORE_PLACES`.
 
-The workers are processes that really die of SIGKILL. They are forked from this process, because
+The workers are processes that really die of SIGKILL. They and their decoders are forked, because
 importing their libraries once per place would take longer than everything else. FOLDER holds
 `models` and `images`, and for `append` also `later`: the images that arrive after a first job has
 ended. A copy of that job is appended to for each place.
@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 
+import forked
 import imagemill
 import imagemill.pipeline.backends.null
 import imagemill.pipeline.decoding.isolated
@@ -105,7 +106,7 @@ class Forked:
             code = 70
             try:
                 os.dup2(stdout.fileno(), 2)
-                keep = {2, *pass_fds}
+                keep = {2, SERVER.fileno(), *pass_fds}
                 for descriptor in map(int, os.listdir("/proc/self/fd")):
                     if descriptor not in keep:
                         with contextlib.suppress(OSError):
@@ -137,10 +138,13 @@ class Forked:
             os.kill(self.pid, signal.SIGKILL)
 
 
+SERVER = forked.Server()
+
+
 def start(command: Sequence[str], **options: Any) -> Any:
-    """Fork a worker; start any other child, such as a worker's isolated decoder, as a process."""
+    """Fork a worker, and have any other child, such as a worker's isolated decoder, forked."""
     is_worker = "imagemill.workers.worker" in command
-    return (Forked if is_worker else subprocess.Popen)(command, **options)
+    return (Forked if is_worker else SERVER.popen)(command, **options)
 
 
 def trace(places: dict[str, set[str] | None], visit: Callable[[str], None]) -> None:
@@ -306,6 +310,8 @@ def main(arguments: Sequence[str]) -> int:
             ImportError
         ):  # what a job imports as it goes: here once, instead of in every fork
             importlib.import_module(late)
+    if sys.platform == "linux":
+        SERVER.beside()
     processes.subprocess = SimpleNamespace(  # type: ignore[assignment]
         Popen=start,
         DEVNULL=subprocess.DEVNULL,

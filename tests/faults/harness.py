@@ -18,6 +18,7 @@ import onnx
 import pyarrow as pa
 from onnx import TensorProto, helper
 
+import forked
 import helpers
 from imagemill.job import ledger
 from imagemill.job.open_job import OpenJob
@@ -51,21 +52,22 @@ def null_bundle(models_dir: Path, *, classes: int = 1000, size: int = 32) -> Pat
 
 
 def hooks(folder: Path, *sources: str, **variables: str) -> dict[str, str]:
-    """An environment in which every Python process runs these pieces of code as it starts;
+    """An environment in which every Python process runs these pieces of code before its `main`;
     production code knows nothing of it.
 
-    Each piece is guarded by its author: `WORKER` and `LAUNCHER` say which process it is in.
+    Each piece is guarded by its author: `WORKER` and `LAUNCHER` say which process it is in. One
+    that must act before an import needs real processes: `before=helpers.FRESH`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(
-        _PROLOGUE + "\n".join(textwrap.dedent(source) for source in sources)
-    )
+    file = folder / "sitecustomize.py"
+    file.write_text(_PROLOGUE + "\n".join(textwrap.dedent(source) for source in sources))
     paths = [
         str(helpers.SOURCE_ROOT),
         str(folder),
         *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
     ]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **variables}
+    ours = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "TEST_HOOKS": str(file)}
+    return {**os.environ, **ours, **variables}
 
 
 _PROLOGUE = """\
@@ -104,7 +106,10 @@ class _After(importlib.abc.MetaPathFinder):
 
 
 def after_import(name, act):
-    sys.meta_path.insert(0, _After(name, act))
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _After(name, act))
 
 
 """
@@ -160,9 +165,13 @@ class Hold:
 def children(pid: int) -> list[int]:
     """Processes that this one, in any of its threads, started and that still exist."""
     found: list[int] = []
+    gone = contextlib.suppress(FileNotFoundError, ProcessLookupError)
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found += map(int, file.read_text().split())
+        with gone:
+            for child in map(int, file.read_text().split()):
+                with gone:
+                    forks = Path(f"/proc/{child}/comm").read_text().strip() == forked.NAME
+                    found += children(child) if forks else [child]
     return found
 
 

@@ -62,7 +62,7 @@ def test_a_deadly_image_is_a_row_and_its_neighbours_keep_their_answers(
     data = sample_images.jpeg(40, 36, seed=99) + f"imagemill-test-{fault}".encode()
     with_it = helpers.fill(tmp_path / "with", good() | dict.fromkeys(deadly, data))
     without = helpers.fill(tmp_path / "without", good())
-    env = helpers.environment(PYTHONPATH=helpers.FAULTY_DECODERS)
+    env = helpers.environment(**helpers.faulty_decoders())
     limit = ("--max-seconds", "2") if fault == "hang" else ()
     arguments = ("--output", tmp_path / "out", "--num-workers", "2", "--json", *limit)
     result = null_run(with_it, *arguments, env=env)
@@ -84,7 +84,7 @@ def test_every_image_of_a_shard_may_be_deadly(null_run, tmp_path: Path) -> None:
         for seed in range(3)
     }
     source = helpers.fill(tmp_path / "source", deadly)
-    env = helpers.environment(PYTHONPATH=helpers.FAULTY_DECODERS)
+    env = helpers.environment(**helpers.faulty_decoders())
     result = null_run(
         source,
         "--output",

@@ -121,7 +121,8 @@ def test_the_image_in_progress_at_a_kill_gets_its_answer(
         after_import("imagemill.pipeline.sources.folder", slow)
     """
     env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
-    process = null_start(small_jpegs, "--output", tmp_path / "out", env=env)
+    before = helpers.FRESH if victim == "launcher" else ()
+    process = null_start(small_jpegs, "--output", tmp_path / "out", env=env, before=before)
     helpers.until((tmp_path / "marker").exists, process=process)
     worker = harness.children(process.pid)[0]
     harness.kill(worker if victim == "worker" else process.pid)

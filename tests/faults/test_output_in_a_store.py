@@ -161,6 +161,7 @@ def test_two_launchers_at_once_do_no_harm(
             "--output",
             s3.url + "/job",
             env=helpers.environment(XDG_CACHE_HOME=str(cache / name)),
+            before=helpers.FRESH,
         )
         for name in "ab"
     ]

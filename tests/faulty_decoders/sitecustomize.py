@@ -1,4 +1,5 @@
-"""Makes decoders fail: Python runs this at its start if the folder is in PYTHONPATH.
+"""Makes decoders fail: Python runs this at its start if the folder is in PYTHONPATH, and a fork of
+`tests/forked.py` if TEST_HOOKS names it.
 
 An image that contains `imagemill-test-crash` ends the process by SIGSEGV, `imagemill-test-hang`
 sleeps for ever, `imagemill-test-alarm` ends the process as its own time limit does, and
@@ -29,11 +30,15 @@ class Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            module.read_header = failing(module.read_header)
-            module.pillow.decode = failing(module.pillow.decode)
+            patch(module)
 
         spec.loader.exec_module = exec_module
         return spec
+
+
+def patch(module):
+    module.read_header = failing(module.read_header)
+    module.pillow.decode = failing(module.pillow.decode)
 
 
 def failing(function):
@@ -56,4 +61,7 @@ def failing(function):
     return wrapped
 
 
-sys.meta_path.insert(0, Finder())
+if MODULE in sys.modules:
+    patch(sys.modules[MODULE])
+else:
+    sys.meta_path.insert(0, Finder())
