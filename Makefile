@@ -29,7 +29,7 @@ test-unit: $(DEV)  ## the tests that need no process, server or whole network: a
 test-large: $(DEV)  ## the tests that take gigabytes or long, before a release
 	$(BIN)/python -m pytest -m large
 
-check: $(DEV)  ## exactly what CI runs: lint, format, types, import directions, tests
+check: $(DEV)  ## what CI runs: lint, format, types, import directions, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

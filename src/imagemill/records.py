@@ -611,7 +611,7 @@ class Summary(Struct, frozen=True):
     model: str
     precision: str
     bottleneck: str | None
-    """`compute`, `decode`, `read` or `write`; None where nothing ran."""
+    """`compute`, `decode`, `read` or `write`; None for less than five seconds."""
     devices: tuple[DeviceSummary, ...]
     output: str
     rates: Mapping[str, float] = {}

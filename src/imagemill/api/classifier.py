@@ -129,7 +129,7 @@ class Classifier:
 
     @property
     def precision(self) -> str:
-        """The precision in use: `fp32`, `bf16` or `int8`."""
+        """The precision in use: `fp32`, `bf16`, `fp16` or `int8`."""
         return self._spec.precision.value
 
     def __enter__(self) -> Classifier:

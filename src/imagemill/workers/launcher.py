@@ -271,20 +271,13 @@ class Launcher:
         _log.warning(what, _name(self._signals[0]), self._grace_s)
         leases = [lease for worker in self._workers.values() for lease in worker.leases.values()]
         if leases:
-            images = counted(sum(lease.shard.count for lease in leases), "image")
-            again = "Ctrl-C again" if self._signals[0] == signal.SIGINT else "a second signal"
-            self._notify(
-                f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most"
-                f" {self._grace_s:g} s, {again} to stop at once"
-            )
+            self._notify(_format_stopping(leases, self._signals[0], self._grace_s))
         deadline = time.monotonic() + self._grace_s
         while (
-            any(worker.leases for worker in self._workers.values())
-            and time.monotonic() < deadline
+            time.monotonic() < deadline
             and len(self._signals) == 1
+            and self._could_finish(deadline - time.monotonic())
         ):
-            if not self._could_finish(deadline - time.monotonic()):
-                break
             self._turn()
 
     def _could_finish(self, seconds: float) -> bool:
@@ -299,6 +292,15 @@ class Launcher:
             ):
                 return True
         return False
+
+
+def _format_stopping(leases: Sequence[Lease], number: int, grace_s: float) -> str:
+    images = counted(sum(lease.shard.count for lease in leases), "image")
+    again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+    return (
+        f"stopping: finishing {counted(len(leases), 'shard')} ({images}) for at most {grace_s:g} s,"
+        f" {again} to stop at once"
+    )
 
 
 def _name(number: int) -> str:

@@ -1,5 +1,5 @@
 """How the image processors of transformers prepare an image: `preprocessor_config.json` as the
-fields of an `ModelCard`.
+fields of a `ModelCard`.
 
 Each class gives the keys its own meaning and its own defaults. The table is that of transformers
 4.57 and 5.24. If these versions disagree about a default, a file without that key is refused:

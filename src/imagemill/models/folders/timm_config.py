@@ -1,4 +1,4 @@
-"""How timm prepares an image: `config.json` with `pretrained_cfg`, as an `ModelCard`.
+"""How timm prepares an image: `config.json` with `pretrained_cfg`, as a `ModelCard`.
 
 This follows `resolve_data_config` and `transforms_imagenet_eval` of timm 1.0.
 """
