@@ -712,6 +712,26 @@ def test_a_killed_run_over_a_table_resumes(
     assert imagemill("verify", tmp_path / "out").code == 0
 
 
+def test_a_row_group_that_ends_early_is_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that the footer promises and nobody finds are rows that say so."""
+    file = written(tmp_path / "t.parquet", pa.table({"image": [b"x", b"y"]}))
+    first, second = listed(file)
+    whole = pq.ParquetFile.iter_batches
+
+    def cut(self: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        return (batch.slice(0, 1) for batch in whole(self, *arguments, **options))
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", cut)
+    assert fetched(file, first) == b"x"
+    status, error = refusal(file, second)
+    assert status is Status.CORRUPT
+    assert error == (
+        "the table is damaged from row 1 of row group 0 on: row group 0 lacks 1 value of image"
+    )
+
+
 def test_a_row_group_is_begun_again_after_a_lack_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
