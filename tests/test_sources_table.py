@@ -66,11 +66,12 @@ def table(folder: Path, text: str | bytes, name: str = "t.csv") -> str:
         ("path\n\na.jpg\n\n", [b"a.jpg"]),
         ("path\n", []),
         ("path,n\n  spaces.jpg ,1\n", [b"  spaces.jpg "]),
+        pytest.param(f"path,mask\na.jpg,{'0 1 ' * 500_000}\n", [b"a.jpg"], id="long"),
     ],
 )
 def test_cells_are_read_as_they_are(tmp_path: Path, text: str | bytes, found: list[bytes]) -> None:
     """Quotes, line breaks in them, either kind of line end, every Unicode encoding, bytes that are
-    not UTF-8, blanks.
+    not UTF-8, blanks, a cell of two million characters.
     """
     assert paths(table(tmp_path, text)) == found
 
@@ -134,7 +135,7 @@ def test_whatever_the_csv_module_writes_is_read_back(
             "line 2: cannot be read: ',' expected after '\"'. Correct the line.",
         ),
         (
-            "path,n\n" + "x" * 200_000 + ",1\n",
+            "path,n\n" + "x" * (2**24 + 1) + ",1\n",
             "",
             "line 2: cannot be read: field larger than field limit",
         ),

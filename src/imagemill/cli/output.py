@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -36,6 +35,8 @@ def print_result(parsed: argparse.Namespace, record: object, text: str) -> None:
     """Print a result: with `--json` the record as one JSON object, else the text for people, in
     lines that fit into a terminal.
     """
+    import json
+
     from imagemill.display.text import fit_to
     from imagemill.system import serialization
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from msgspec import Struct
 
@@ -323,6 +322,8 @@ def _find_damage(store: Store, shard: Shard, job: Job, recorded: PartRecord | No
         return (
             f"has {counted(table.num_rows, 'row')}, its shard has {counted(shard.count, 'image')}"
         )
+    import pyarrow.compute as pc  # which a job does without
+
     indices = table["index"].to_pylist()
     if indices != list(range(shard.first, shard.first + shard.count)):
         twice = [index for index, count in Counter(indices).items() if count > 1]

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 
 from imagemill.pipeline import sources
 from imagemill.pipeline.decoding import DECODER
-from imagemill.pipeline.decoding.pillow import limit_pillow
-from imagemill.pipeline.feed import Feed
 from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import (
     AS_GIVEN,
@@ -120,6 +118,9 @@ class Decoder:
 
     def decode(self, entries: Sequence[Entry], wanted: int) -> Iterator[Image]:
         """Yield the first `wanted` of the entries that can be decoded and are new."""
+        from imagemill.pipeline.decoding.pillow import limit_pillow  # Pillow takes long to import
+        from imagemill.pipeline.feed import Feed
+
         limit_pillow(self._limits)
         # Batches of one image.
         with Feed(self._recipe, self._limits, 1, self._threads, None, Stopwatch()) as feed:

@@ -29,6 +29,8 @@ PATH_COLUMNS = (
     " uri image".split()
 )
 """Names that a column of paths goes by; the first that is there is taken."""
+_LONGEST_CELL = 2**24
+"""Characters of a cell of a text file. With a quote too many, the rest of the file is one cell."""
 _COLUMN = re.compile(r"(.+?\.(?:parquet|csv|tsv))#(.+)", re.IGNORECASE | re.DOTALL)
 
 
@@ -94,6 +96,8 @@ class TableSource:
         no cells is an empty line, and passed over.
         """
         remedy = "Give a table with a column of paths."
+        # Python's own limit, 131,072, is the process's: it may rise, but no other code's may fall.
+        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
         with locations.listing(self.name, self.location, self.access, "", remedy) as lines:
             reader = csv.reader(lines, delimiter=separator, strict=True)
             try:
