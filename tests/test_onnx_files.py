@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, version_converter
 from PIL import Image
 
 import helpers
@@ -528,10 +528,10 @@ def test_one_score_with_three_labels_is_refused(tmp_path: Path) -> None:
 # ── networks without a head ───────────────────────────────────────────────────────────────────────
 
 
-def headless(**outputs: list[Any]) -> onnx.ModelProto:
+def headless(shape: tuple[Any, ...] = ("n", 3, 8, 8), **outputs: list[Any]) -> onnx.ModelProto:
     """A model whose outputs are reshaped from (n, 8) numbers."""
     nodes = []
-    model = small(classes=8, outputs=outputs)
+    model = small(classes=8, outputs=outputs, shape=shape)
     for name, dims in outputs.items():
         shape = [0 if place == 0 else dim for place, dim in enumerate(dims)]
         model.graph.initializer.append(
@@ -568,6 +568,38 @@ def test_a_network_without_a_head_has_an_embedding_only(
     assert found["embedding"].shape == (2, length)
     whole = answers(built(saved(small(classes=8), tmp_path, "whole.onnx")))["logits"]
     np.testing.assert_allclose(found["embedding"], whole[:, :length], rtol=1e-6)
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize(
+    ("side", "tokens", "is_mean"),
+    [
+        ((8, 8), 4, True),
+        ((8, 4), 2, True),
+        ((8, 4), 8, True),
+        ((8, 8), 2, False),
+        ((8, 8), 8, False),
+    ],
+)
+def test_tokens_that_fill_a_grid_are_averaged(
+    side: tuple[int, int], tokens: int, is_mean: bool, opset: int, tmp_path: Path
+) -> None:
+    """As Swin does it, whose tokens have no class token among them; their number may be open."""
+    outputs = {"last_hidden_state": ["n", tokens, 8 // tokens]}
+    made = headless(shape=("n", 3, *side), **outputs)
+    model = version_converter.convert_version(made, opset)
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "tokens"
+    file = saved(model, tmp_path)
+    _, checked = wrap.wrap(file, complete(file))
+    how = "the mean of its tokens" if is_mean else "its first token"
+    assert f"embedding: last_hidden_state (by its name, {how})" in checked.lines
+    pixels = np.random.default_rng(1).integers(0, 256, (2, *side, 3), np.uint8)
+    found = answers(wrap.bundle_for(file, tmp_path / "models", silent), pixels)["embedding"]
+    whole = small(classes=8, shape=("n", 3, *side))
+    numbers = answers(built(saved(whole, tmp_path, "whole.onnx")), pixels)["logits"]
+    of_tokens = numbers.reshape(2, tokens, -1)
+    expected = of_tokens.mean(axis=1) if is_mean else of_tokens[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.process

@@ -19,7 +19,13 @@ from imagemill.models import bundle as bundles
 from imagemill.models.architectures.graph import Nodes
 from imagemill.models.card import Color, Layout
 from imagemill.models.custom.graph import STANDARD_DOMAINS, Plan
-from imagemill.models.custom.outputs import constant_tensors, constants, inner_graphs, live_nodes
+from imagemill.models.custom.outputs import (
+    Tokens,
+    constant_tensors,
+    constants,
+    inner_graphs,
+    live_nodes,
+)
 from imagemill.models.preprocessing import normalisation
 from imagemill.records import Scores
 
@@ -54,7 +60,7 @@ def assemble(model: onnx.ModelProto, plan: Plan) -> None:
     del graph.node[:]
     graph.node.extend([*builder.nodes, *nodes])
     builder.nodes.clear()
-    outputs = _outputs(builder, plan)
+    outputs = _outputs(builder, plan, opset)
     graph.node.extend(builder.nodes)
     graph.initializer.extend(builder.weights)
     goal = _PREFIX + plan.input
@@ -128,7 +134,7 @@ def _grey(builder: Nodes, pixels: str, opset: int) -> str:
     return at if opset >= 10 else builder.node("Floor", [at], _OURS + "whole")
 
 
-def _outputs(builder: Nodes, plan: Plan) -> list[tuple[str, int | str]]:
+def _outputs(builder: Nodes, plan: Plan, opset: int) -> list[tuple[str, int | str]]:
     """Add the nodes between the custom graph and our outputs; return the outputs' names and
     lengths.
     """
@@ -144,13 +150,23 @@ def _outputs(builder: Nodes, plan: Plan) -> list[tuple[str, int | str]]:
         found.append(("logits", 2 if plan.two_classes else plan.head.classes or "classes"))
     if plan.features is not None:
         at = _PREFIX + plan.features.tensor
-        if plan.features.first_token:
+        if plan.features.tokens is Tokens.FIRST:
             first = builder.weight(_OURS + "first", np.array(0, np.int64))
             at = builder.node("Gather", [at, first], _OURS + "token", axis=1)
+        elif plan.features.tokens is Tokens.MEAN:
+            at = _mean_of_tokens(builder, at, opset)
         at = builder.node("Flatten", [at], _OURS + "embedding", axis=1)
         builder.node("Cast", [at], "embedding", to=TensorProto.FLOAT)
         found.append(("embedding", plan.features.features or "features"))
     return found
+
+
+def _mean_of_tokens(builder: Nodes, tokens: str, opset: int) -> str:
+    name = _OURS + "pooled"
+    if opset >= 18:  # before, the axes were an attribute
+        axes = builder.weight(_OURS + "tokens", np.array([1], np.int64))
+        return builder.node("ReduceMean", [tokens, axes], name, keepdims=0)
+    return builder.node("ReduceMean", [tokens], name, axes=[1], keepdims=0)
 
 
 def _two_classes(builder: Nodes, score: str, plan: Plan) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from imagemill.errors import ModelError, UsageError, printable
 from imagemill.models.card import Layout, ModelCard, ReadCard, as_size, dimensions
@@ -13,6 +15,7 @@ from imagemill.models.custom.outputs import (
     Dims,
     Features,
     Head,
+    Tokens,
     all_nodes,
     dims,
     find_features,
@@ -24,6 +27,7 @@ from imagemill.models.custom.outputs import (
 from imagemill.models.labels import check_labels
 from imagemill.models.preprocessing import with_normalisation, with_recipe
 from imagemill.records import Recipe, Scores
+from imagemill.system.openvino_library import new_core
 
 if TYPE_CHECKING:
     import onnx
@@ -143,9 +147,16 @@ def examine(file: Path, model: onnx.ModelProto, read: ReadCard) -> Plan:
     read = _with_size(name, read, shape)
     read = with_normalisation(name, read, channels, takes_bytes=takes_bytes)
     read, recipe = with_recipe(read)
+    batch = shape[0] if isinstance(shape[0], int) else None
     head = find_head(name, model.graph, read.card.logits)
     read, scores, two_classes = _with_scores(name, read, head)
     features = find_features(name, model.graph, head, read.card.embedding)
+    if features is not None and features.tokens is not None:
+        images, sides = batch or 1, (recipe.height, recipe.width)
+        nchw = read.card.layout is Layout.NCHW
+        fed = (images, channels, *sides) if nchw else (images, *sides, channels)
+        tokens = _tokens(file, entry.name, fed, sides, features.tensor)
+        features = replace(features, tokens=tokens, origin=f"{features.origin}, {tokens}")
     read = _with_outputs(read, head, features)
     _check_operators(name, model.graph, head, features)
     if read.card.name is None:
@@ -157,13 +168,39 @@ def examine(file: Path, model: onnx.ModelProto, read: ReadCard) -> Plan:
         entry.name,
         entry.type.tensor_type.elem_type,
         channels,
-        shape[0] if isinstance(shape[0], int) else None,
+        batch,
         head,
         scores,
         two_classes,
         features,
         _summary(read.card, recipe, entry, channels),
     )
+
+
+def _tokens(
+    file: Path, entry: str, shape: Sequence[int], sides: tuple[int, int], tensor: str
+) -> Tokens:
+    """Return how an image's tokens become its embedding.
+
+    If they fill a grid, no class token is among them, and the embedding is their mean, as in Swin.
+
+    Args:
+        file: the model.
+        entry: its input.
+        shape: of the input.
+        sides: height and width of the input, in pixels.
+        tensor: the output (n, tokens, features).
+    """
+    height, width = sides
+    try:
+        model = new_core().read_model(str(file))
+        model.reshape({entry: list(shape)})
+        count = model.output(tensor).get_partial_shape()[1].get_length()
+    except Exception:  # OpenVINO's own; why it cannot read the file, the check run will tell
+        return Tokens.FIRST
+    strides = (side for side in range(1, min(sides) + 1) if not (height % side or width % side))
+    fills = any(height // stride * (width // stride) == count for stride in strides)
+    return Tokens.MEAN if fills else Tokens.FIRST
 
 
 def _check_operators(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
@@ -47,6 +48,13 @@ class Head(Struct, frozen=True):
     """As a ZipMap names the classes."""
 
 
+class Tokens(StrEnum):
+    """How a tensor (n, tokens, features) becomes an embedding."""
+
+    FIRST = "its first token"
+    MEAN = "the mean of its tokens"
+
+
 class Features(Struct, frozen=True):
     """The tensor with the embedding."""
 
@@ -60,8 +68,8 @@ class Features(Struct, frozen=True):
     """Named by the card or by the file, so that its shape need not be compared with the last
     layer's.
     """
-    first_token: bool = False
-    """The tensor is (n, tokens, features), and the first token is the embedding."""
+    tokens: Tokens | None = None
+    """None: the tensor is (n, features)."""
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
@@ -326,10 +334,9 @@ def _before_the_last_layer(
 def _as_features(graph: onnx.GraphProto, tensor: str, origin: str) -> Features:
     values = {value.name: value for value in (*graph.value_info, *graph.output)}
     shape = dims(values[tensor]) if tensor in values else None
-    first_token = _bare(tensor) == _TOKENS and shape is not None and len(shape) == 3
-    if first_token:
-        origin += ", its first token"
-    return Features(tensor, origin=origin, certain=True, first_token=first_token)
+    has_tokens = _bare(tensor) == _TOKENS and shape is not None and len(shape) == 3
+    tokens = Tokens.FIRST if has_tokens else None
+    return Features(tensor, origin=origin, certain=True, tokens=tokens)
 
 
 def _of_a_headless_model(name: str, graph: onnx.GraphProto) -> Features:

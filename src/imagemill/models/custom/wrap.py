@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import onnx
 
 
-_WRAPPER: Final = 2
+_WRAPPER: Final = 3
 """Version of the wrapping: bundles of another version are built again."""
 
 

@@ -28,7 +28,7 @@ _TOWERS: Final = {
 _OUTPUTS: Final = ("logits", "image_embeds", "pooler_output")
 """Outputs of transformers, the best first."""
 _TOKENS: Final = "last_hidden_state"
-"""The output (n, tokens, features) of a network without a pooler. `wrap` takes the first token."""
+"""The output (n, tokens, features) of a network without a pooler. `wrap` makes its embedding."""
 _USED: Final = ("num_classes", "input_size", "fixed_input_size", "first_conv", "classifier")
 """Keys of timm's `pretrained_cfg` that decide how a network is built. Others say where weights are
 fetched from.
