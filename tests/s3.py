@@ -26,7 +26,15 @@ import pytest
 _numbers = itertools.count()
 _SERVER = """
 import threading
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
+
+one_at_a_time, put = threading.Lock(), S3Response.put_object
+def put_object(self):  # moto looks for an object, and makes it, in two steps
+    with one_at_a_time:
+        return put(self)
+S3Response.put_object = put_object
+
 server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
 server.start()
 print(server.get_host_and_port()[1], flush=True)
