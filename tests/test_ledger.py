@@ -495,6 +495,33 @@ def test_a_part_that_cannot_be_read_now_is_not_damaged(
     assert [path.stem.partition(".")[0] for path in moved] == ["part-000002"]
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            pa.ArrowMemoryError(),
+            "cannot be read: not enough memory. Repeat the command when it can",
+        ),
+        (OSError("Couldn't deserialize thrift: no"), "is damaged: Couldn't deserialize thrift: no"),
+        (pa.ArrowInvalid("no Parquet"), "is damaged: no Parquet"),
+        (FileNotFoundError(errno.ENOENT, "gone"), "is missing. Run `imagemill verify"),
+    ],
+    ids=["memory", "thrift", "arrow", "gone"],
+)
+def test_what_a_part_is_said_to_be(
+    out: Path, error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what reading says of the bytes is damage; Arrow's own OSError has no number."""
+    job = OpenJob.open(out)
+
+    def fail(*_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(type(job.store), "open", fail)
+    with pytest.raises(PartError, match=re.escape(f"part-000001.parquet {message}")):
+        list(ledger.tables(job.store, [1], ["index"]))
+
+
 def test_the_manifest_has_the_sha256_of_every_part(out: Path) -> None:
     """As any other tool computes it."""
     manifest = documents.read_manifest(OpenJob.open(out).store)
