@@ -120,16 +120,18 @@ def test_also_where_almost_all_fail_or_almost_none(seed: int) -> None:
 def test_nobody_writes_to_a_place_that_is_settled(
     kinds: str, batch_size: int, ahead: int, most_rows: int
 ) -> None:
-    """An image that is still being decoded may be written at any time: to no settled place, whether of a batch
-    that is filled or of one given away.
+    """An image that is still being decoded may be written at any time: to no settled place, whether
+    of a batch that is filled or of one given away.
     """
     settled: list[NDArray[np.uint8]] = []
+    given: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]] = []
     window: deque[tuple[str, NDArray[np.uint8] | None]] = deque()
     places, coming, rows = feed_module._Places(batch_size, SIDE, SIDE), iter(kinds), 0
     while True:
         for kind in itertools.islice(coming, ahead - len(window)):
             window.append((kind, places.take(len(window))))
         if not window:
+            assert all((pixels == before).all() for pixels, before in given)
             return
         kind, out = window.popleft()
         own = np.empty((SIDE, SIDE, 3), np.uint8) if out is None else out
@@ -146,6 +148,7 @@ def test_nobody_writes_to_a_place_that_is_settled(
         if places.filled == batch_size or rows >= most_rows:
             pixels, filled = places.batch()
             assert all(np.may_share_memory(one, pixels) for one in settled[len(settled) - filled :])
+            given.append((pixels[:filled], pixels[:filled].copy()))
             rows = 0
 
 
