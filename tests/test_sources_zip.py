@@ -469,12 +469,12 @@ def test_a_name_that_no_encoding_explains_is_damage(tmp_path: Path) -> None:
 
 def test_a_program_that_unpacks_itself_may_be_signed(tmp_path: Path) -> None:
     """Bytes before the archive and behind it, as in a signed `.exe` renamed to `.zip`: `zipfile`,
-    unzip and 7-Zip read it.
+    unzip and 7-Zip read it. The program knows how a member begins.
     """
     files = some_files()
     packed = make(tmp_path / "a.zip", files).read_bytes()
     path = tmp_path / "signed.zip"
-    path.write_bytes(b"MZ the program" * 99 + packed + b"signature" * 99)
+    path.write_bytes(b"MZ the program, PK\3\4" * 99 + packed + b"signature" * 99)
     with zipfile.ZipFile(path) as archive:
         expected = [(info.filename.encode(), archive.read(info)) for info in archive.infolist()]
     assert read(path) == expected
