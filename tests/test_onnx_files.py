@@ -308,7 +308,20 @@ def test_labels_that_nobody_gave_are_printed_too(tmp_path: Path) -> None:
     assert cards.read_card(cards.card_file(file)).card.labels is None
 
 
-NOTE = "note: {} not given, so `run` refuses the model. Most networks trained on ImageNet take"
+USUAL = {
+    "mean": "--mean 0.485 0.456 0.406",
+    "std": "--std 0.229 0.224 0.225",
+    "resize": "--resize 256",
+}
+
+
+def note(missing: str) -> str:
+    """How the note about missing settings begins; it proposes no others."""
+    usual = " ".join(flags for name, flags in USUAL.items() if name in missing)
+    return (
+        f"note: {missing} not given, so `run` refuses the model. Most networks trained on ImageNet"
+        f" take {usual}. Add the values"
+    )
 
 
 def test_missing_settings_are_noted_each_time_and_refused_by_run(tmp_path: Path) -> None:
@@ -317,7 +330,7 @@ def test_missing_settings_are_noted_each_time_and_refused_by_run(tmp_path: Path)
     helpers.fill(tmp_path, {"labels.txt": b"a\nb\nc\n"})
     for given in ({}, {"labels": str(tmp_path / "labels.txt")}, {"interpolation": "bicubic"}):
         _, checked = wrap.wrap(file, given)
-        assert checked.lines[-1].startswith(NOTE.format("mean, std and resize were"))
+        assert checked.lines[-1].startswith(note("mean, std and resize were"))
         proposed = f"imagemill wrap {file} --mean R G B --std R G B --resize N"
         assert proposed in checked.lines[-1]
         assert {"mean: 0 0 0 (default)", "resize: 9 (default: size / 0.875)"} < set(checked.lines)
@@ -334,7 +347,7 @@ def test_missing_settings_are_noted_each_time_and_refused_by_run(tmp_path: Path)
     ):
         wrap.bundle_for(file, models, silent)
     _, checked = wrap.wrap(file, {"mean": (0, 0, 0), "std": (1, 1, 1)})
-    assert checked.lines[-1].startswith(NOTE.format("resize was"))
+    assert checked.lines[-1].startswith(note("resize was"))
     with pytest.raises(UsageError, match=r"says resize\. "):
         wrap.bundle_for(file, models, silent)
     _, checked = wrap.wrap(file, {"resize": 9})
@@ -359,7 +372,7 @@ def test_what_run_wants_to_know(given: dict[str, Any], missing: str | None, tmp_
     if missing is None:
         assert wrap.bundle_for(file, tmp_path / "models", silent).card.scores is Scores.LOGITS
         return
-    assert checked.lines[-1].startswith(NOTE.format(missing))
+    assert checked.lines[-1].startswith(note(missing))
     with pytest.raises(UsageError, match="neither the file nor its card"):
         wrap.bundle_for(file, tmp_path / "models", silent)
 
@@ -632,7 +645,7 @@ def test_other_networks_without_a_head_are_named(tmp_path: Path) -> None:
         wrap.wrap(file, {"logits": "none"})
     assert answers(built(file, logits="none", embedding="z"))["embedding"].shape == (2, 8)
     helpers.fill(tmp_path, {"labels.txt": b"a\nb\nc\n"})
-    with pytest.raises(UsageError, match=r"has no scores \(--logits none\), so it takes no labels"):
+    with pytest.raises(UsageError, match=r"has no scores \(--logits\), so it takes no labels"):
         wrap.wrap(
             file, {"logits": "none", "embedding": "z", "labels": str(tmp_path / "labels.txt")}
         )

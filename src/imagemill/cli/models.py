@@ -143,7 +143,12 @@ def _add_wrap(command: Command) -> None:
         metavar="FILE",
         help="file.onnx; writes file.card.json beside it, for `run --model file.onnx`",
     )
-    add_preprocessing(sub)
+    add_preprocessing(
+        sub.add_argument_group(
+            "preprocessing and scores",
+            "`run` does not guess --mean, --std and --resize: give what the file does not say",
+        )
+    )
     sub.add_argument(
         "--layout",
         metavar="NCHW|NHWC",

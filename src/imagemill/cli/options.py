@@ -53,13 +53,13 @@ _PREPROCESSING: Final[Mapping[str, Mapping[str, Any]]] = {
         "type": float,
         "nargs": 3,
         "metavar": ("R", "G", "B"),
-        "help": "mean to subtract; red green blue, whatever --color is (default: 0 0 0)",
+        "help": "mean to subtract; red green blue, whatever --color is",
     },
     "std": {
         "type": float,
         "nargs": 3,
         "metavar": ("R", "G", "B"),
-        "help": "divisor; red green blue, whatever --color is (default: 1 1 1)",
+        "help": "divisor; red green blue, whatever --color is",
     },
     "scale": {
         "type": int,
@@ -79,8 +79,7 @@ _PREPROCESSING: Final[Mapping[str, Mapping[str, Any]]] = {
         "type": _number_or_text,
         "metavar": "N|WxH|pad|none",
         "help": "resize the short side to N, or both sides to WxH, or fit the image into the input"
-        " and fill the rest (pad), or none (default: size / 0.875; with --crop none: both sides to"
-        " size)",
+        " and fill the rest (pad), or none",
     },
     "crop": {
         "metavar": "center|none",

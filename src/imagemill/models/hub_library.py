@@ -134,7 +134,7 @@ def _translated(repo: str, revision: str, error: BaseException) -> DownloadError
             f"{where} at {revision} is not in the cache, and HF_HUB_OFFLINE is set. Unset it, or"
             f" fill the cache on a machine with a connection: hf download {repo}."
         )
-    text = re.sub(r"^\[Errno \d+\] ", "", one_line(error)).rstrip(".")
+    text = re.sub(r"^\[Errno -?\d+\] ", "", one_line(error)).rstrip(".")
     if status is None and (type(error).__module__ or "").startswith("httpx"):
         return UnreachableError(
             f"{where} cannot be downloaded from {constants.ENDPOINT}: {text}. Check the connection;"

@@ -148,9 +148,10 @@ def examine(file: Path, model: onnx.ModelProto, read: ReadCard) -> Plan:
     read = with_normalisation(name, read, channels, takes_bytes=takes_bytes)
     read, recipe = with_recipe(read)
     batch = shape[0] if isinstance(shape[0], int) else None
-    head = find_head(name, model.graph, read.card.logits)
+    head = find_head(name, model.graph, read.card.logits, read.origin("logits"))
     read, scores, two_classes = _with_scores(name, read, head)
-    features = find_features(name, model.graph, head, read.card.embedding)
+    asked = read.card.embedding
+    features = find_features(name, model.graph, head, asked, read.origin("embedding"))
     if features is not None and features.tokens is not None:
         images, sides = batch or 1, (recipe.height, recipe.width)
         nchw = read.card.layout is Layout.NCHW

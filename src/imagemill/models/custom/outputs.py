@@ -137,13 +137,14 @@ def _bare(name: str) -> str:
 # ── scores ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_head(name: str, graph: onnx.GraphProto, asked: str | None) -> Head:
+def find_head(name: str, graph: onnx.GraphProto, asked: str | None, origin: str) -> Head:
     """Find the output with the scores: (n, classes), also with further dimensions of 1.
 
     Args:
         name: the file's name, for messages.
         graph: the file's graph.
         asked: what the card names: any tensor of the graph, or `none`; None: find it.
+        origin: where the card has that from.
 
     Raises:
         UsageError: the tensor does not exist or cannot be scores, or several outputs could be. The
@@ -152,9 +153,9 @@ def find_head(name: str, graph: onnx.GraphProto, asked: str | None) -> Head:
     made_by = producers(graph)
     listed = ", ".join(f"{printable(value.name)} {_format_output(value)}" for value in graph.output)
     if asked == NO_SCORES:
-        return Head(None, "--logits none")
+        return Head(None, origin)
     if asked is not None:
-        return _named(name, graph, asked, listed)
+        return _named(name, graph, asked, listed, origin)
     fitting = [
         value
         for value in graph.output
@@ -177,7 +178,7 @@ def find_head(name: str, graph: onnx.GraphProto, asked: str | None) -> Head:
     return Head(value.name, origin, _classes(value)[1], ending(made_by, value.name))
 
 
-def _named(name: str, graph: onnx.GraphProto, asked: str, listed: str) -> Head:
+def _named(name: str, graph: onnx.GraphProto, asked: str, listed: str, origin: str) -> Head:
     made_by = producers(graph)
     values = {value.name: value for value in (*graph.value_info, *graph.output)}
     if asked not in made_by:
@@ -190,7 +191,7 @@ def _named(name: str, graph: onnx.GraphProto, asked: str, listed: str) -> Head:
             raise UsageError(
                 f"--logits {asked} has the shape {format_dims(shape)}; scores are (n, classes)."
             )
-    return Head(asked, "--logits", count, ending(made_by, asked))
+    return Head(asked, origin, count, ending(made_by, asked))
 
 
 def _is_float(value: onnx.ValueInfoProto) -> bool:
@@ -283,7 +284,7 @@ def _ends_with(
 
 
 def find_features(
-    name: str, graph: onnx.GraphProto, head: Head, asked: str | None
+    name: str, graph: onnx.GraphProto, head: Head, asked: str | None, origin: str
 ) -> Features | None:
     """Find the embedding: what the last Gemm, MatMul or 1×1 convolution before the scores reads;
     of a model without scores, the output with its features.
@@ -296,7 +297,7 @@ def find_features(
     if asked is not None:
         if asked not in made_by:
             raise UsageError(f"--embedding {asked}: {name} computes no tensor of that name.")
-        return _as_features(graph, asked, "--embedding")
+        return _as_features(graph, asked, origin)
     if head.tensor is None:
         return _of_a_headless_model(name, graph)
     known, shapes = constant_tensors(graph)

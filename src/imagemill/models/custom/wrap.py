@@ -119,10 +119,10 @@ def wrap(file: Path, given: Mapping[str, Any], output: Path | None = None) -> tu
     said = [name for name, origin in read.origins.items() if not origin.startswith("metadata")]
     files.write_whole(beside, card_text(read.card, said).encode())
     if missing:
+        usual = " ".join(_USUAL[name] for name in missing)
         note = (
-            f"note: {_not_given(missing)}, so `run` refuses the model. Most"
-            " networks trained on ImageNet take --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"
-            " --resize 256. Add the values that this one was trained with: imagemill wrap"
+            f"note: {_not_given(missing)}, so `run` refuses the model. Most networks trained on"
+            f" ImageNet take {usual}. Add the values that this one was trained with: imagemill wrap"
             f" {quoted(file)} {_flags(missing, read)}"
         )
         checked = replace(checked, lines=(*checked.lines, note), is_complete=False)
@@ -165,6 +165,12 @@ def bundle_for(file: Path, models_dir: Path, notify: Notify) -> Bundle:
 
 _ESSENTIAL: Final = {"mean": "--mean R G B", "std": "--std R G B", "resize": "--resize N"}
 """What `run` never guesses → the flag of `wrap` that says it."""
+_USUAL: Final = {
+    "mean": "--mean 0.485 0.456 0.406",
+    "std": "--std 0.229 0.224 0.225",
+    "resize": "--resize 256",
+}
+"""The same with the values of most networks trained on ImageNet."""
 
 
 def _read(file: Path, model: onnx.ModelProto, given: Mapping[str, Any]) -> ReadCard:

@@ -40,7 +40,7 @@ from imagemill.system.files import absolute
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _MOST_EXPANDED = 100_000
-_READ_IN_PIECES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet", ".csv", ".tsv")
+_READ_IN_PIECES = (".zip", ".tar", ".tar.gz", ".tgz", ".parquet")
 
 
 def resolve(arguments: Iterable[str]) -> tuple[str, ...]:

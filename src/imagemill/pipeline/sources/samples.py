@@ -53,16 +53,15 @@ def with_kept(source: str, members: Iterable[Member], keeper: Keeper) -> Iterato
     Raises:
         SourceError: a `.json` is not JSON, a value cannot be kept, or a sample has too many images.
     """
-    for _, sample in groupby(members, lambda member: _split(member.name)[0]):
+    for name, sample in groupby(members, lambda member: _split(member.name)[0]):
         entries: list[Entry] = []
         values: dict[str, Any] = {}
-        origin = f"source {source}"
+        origin = f"source {source}, sample {shown(name)}"
         for member in sample:
             if member.entry is not None:
                 entries.append(member.entry)
             if member.data is not None:
-                origin = f"source {source}, member {shown(member.name)}"
-                found = _values(origin, member)
+                found = _values(f"source {source}, member {shown(member.name)}", member)
                 values = values | found if _is_cls(member.name) else found | values
             if len(entries) > _MAX_IMAGES:
                 raise SourceError(
