@@ -367,8 +367,8 @@ def test_dry_run_writes_nothing(job: Jobs, jpegs: Folders, tmp_path: Path) -> No
 def test_sub_folders_are_distributed_to_as_many_devices(
     job: Jobs, some_jpegs: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """One sub-folder per device: shards end with the sub-folder, so that each device can take its
-    own. Another number changes no answer, so no message mentions it.
+    """One sub-folder per device, two or more: shards end with the sub-folder, so that each device
+    can take its own. Another number changes no answer, so no message mentions it.
     """
     folder = helpers.fill(tmp_path / "datasets", some_jpegs)
     listener = Listener()
@@ -386,6 +386,9 @@ def test_sub_folders_are_distributed_to_as_many_devices(
     assert listener.printed == []
     run.run(job(folder, devices="null:2", output=str(tmp_path / "out2")), listener)
     assert OpenJob.open(tmp_path / "out2").frozen.groups == 1
+    shutil.rmtree(min(folder.iterdir()))
+    run.run(job(folder, devices="null:2", output=str(tmp_path / "out3")), listener)
+    assert OpenJob.open(tmp_path / "out3").frozen.groups == 2
     assert listener.printed == []
 
 
@@ -555,7 +558,7 @@ def test_limits_make_rows(job: Jobs, jpegs: Folders, tmp_path: Path) -> None:
 @pytest.fixture
 def started(job: Jobs, jpegs: Folders, tmp_path: Path) -> Settings:
     """A job of 12 images in 4 parts, of which two are missing, as after a crash."""
-    settings = job(jpegs(12), shard_size=3)
+    settings = job(jpegs(12), shard_size=3, batch_size=5)
     run.run(settings)
     for name in ("part-000001.parquet", "part-000003.parquet"):
         (tmp_path / "out" / "predictions" / name).unlink()
@@ -645,7 +648,7 @@ def test_frozen_settings_need_not_be_given_again(
     assert begin.job == before.job
     assert (begin.job.session.card.name, begin.job.session.batch_size, begin.device.kind) == (
         "tiny",
-        4,
+        5,
         "null",
     )
     assert [row["index"] for row in helpers.rows(tmp_path / "out")] == list(range(12))
