@@ -955,3 +955,33 @@ def test_damaged_bytes_never_raise_anything_else(
         assert "\n" not in str(error)
     else:
         assert sum(array.nbytes for array in arrays.values()) <= 8 * len(data)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol_of_pickles_gives_the_same_values(protocol: int) -> None:
+    """Nested, empty and shared ones included."""
+    shared = ["a", 1, -(2**40), 2.5, True, None]
+    value = {"x": shared, "y": (shared, {}, [], ()), "z": {1: {"t": (1, 2, 3, 4)}}}
+    found = pickled.Machine(1_000).run(io.BytesIO(pickle.dumps(value, protocol)))
+    assert found == value
+    assert found["x"] is found["y"][0]
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "stride"),
+    [
+        (True, (2,), (1,)),
+        (0.0, (2,), (1,)),
+        (-1, (2,), (1,)),
+        (0, (2,), ()),
+        (0, (1,) * 17, (1,) * 17),
+    ],
+)
+def test_a_tensor_of_an_impossible_shape_is_refused(
+    offset: Any, size: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    """Sixteen dimensions are the most."""
+    storage = pickled.Storage("0", "<f4", 4, 0, 4)
+    with pytest.raises(pickled.Refused, match="a tensor in storage 0 has an impossible shape"):
+        pickled._tensor(storage, offset, size, stride)
+    assert pickled._tensor(storage, 0, (1,) * 16, (1,) * 16).size == (1,) * 16
