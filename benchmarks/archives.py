@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults"), str(ROOT / "bench")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults"), str(ROOT / "benchmarks")]
 
 import harness  # noqa: E402
 from million import Watched  # noqa: E402
@@ -47,10 +47,12 @@ class Measured:
     seconds: float
     listing_s: float
     launcher: Watched
-    worker: Watched
+    children: dict[int, Watched]
 
     def row(self, what: str) -> str:
-        memory = [watched.peak_kib / 1024 for watched in (self.launcher, self.worker)]
+        """Return a line of the table; of the children, the worker is the largest."""
+        worker = max(self.children.values(), key=lambda one: one.peak_kib, default=Watched())
+        memory = [watched.peak_kib / 1024 for watched in (self.launcher, worker)]
         return (
             f"| {what:22} | {self.images:8,} | {self.listing_s:7.1f} | {self.seconds:7.1f} |"
             f" {memory[0]:12.1f} | {memory[1]:10.1f} |"
@@ -103,15 +105,16 @@ WRITERS: dict[str, Callable[[Path, int], None]] = {
 def run(folder: Path, source: Path, output: Path) -> Measured:
     """Run a job, or what is left of it, and watch its processes."""
     command = [sys.executable, "-m", "imagemill", "run", str(source), "--output", str(output)]
-    command += ["--model", "null", "--devices", "null:1", "--json"]
-    launcher, worker, listing, begun = Watched(), Watched(), 0.0, time.monotonic()
+    command += ["--model", "null", "--devices", "null:1", "--json", "--no-report"]
+    launcher, children = Watched(), dict[int, Watched]()
+    listing, begun = 0.0, time.monotonic()
     with (folder / "stdout").open("w+b") as out:
         env = helpers.environment(IMAGEMILL_MODELS=str(folder / "models"))
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.DEVNULL, env=env)
         while process.poll() is None:
             launcher.look(process.pid)
             for pid in harness.children(process.pid):
-                worker.look(pid)
+                children.setdefault(pid, Watched()).look(pid)
             if not listing and (output / "job.json").exists():
                 listing = time.monotonic() - begun
             time.sleep(0.01)
@@ -120,7 +123,7 @@ def run(folder: Path, source: Path, output: Path) -> Measured:
         out.seek(0)
         summary = helpers.Result(0, out.read().decode(), "").json
     assert summary["ok"] == summary["images"], summary
-    return Measured(summary["images"], seconds, listing, launcher, worker)
+    return Measured(summary["images"], seconds, listing, launcher, children)
 
 
 def measure(folder: Path, kind: str, count: int) -> None:

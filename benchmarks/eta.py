@@ -1,20 +1,17 @@
 """How well the display knows how long a job will take.
 
     python benchmarks/eta.py --images DIR [--model efficientnet_lite0] [--models-dir DIR]
-    [--precision fp32] [--images 3000] [--devices cpu]
-                        [--rounds 2] [--kinds whole resumed] [--stop-at 0.4] [--latency 0.2]
-                        [--num-workers N] [--json]
+    [--precision fp32] [--count 3000] [--devices cpu] [--rounds 2] [--kinds whole resumed]
+    [--stop-at 0.4] [--latency 0.2] [--num-workers N] [--json]
 
 Runs a job over links to the images of DIR, and takes down at every tick what the display would
-show: `progress.Pace`, fed as the display feeds it. At each moment the prediction of the whole time
-is the time so far plus the time left as displayed; its error is a share of the time that the run
-really took, from the launch of the workers to their end. Each round is a whole run and one that is
-stopped at --stop-at
-and resumed: of that the resumed part alone is judged. `others` is the share of the machine's CPU
-time that other processes took meanwhile (Linux): beside other work the errors tell of that work
-too. `preflight` is the time that the preflight estimated, over the time from the first lease to the
-last commit. With
---latency the images come from a server of this process's that takes its time for each, log-normal
+show: `display.pace.Pace`, fed as the display feeds it. At each moment the prediction of the whole
+time is the time so far plus the time left as displayed; its error is a share of the time that the
+run really took, from the launch of the workers to their end. Each round is a whole run and one that
+is stopped at --stop-at and resumed: of that the resumed part alone is judged. `others` is the share
+of the machine's CPU time that other processes took meanwhile (Linux): beside other work the errors
+tell of that work too. `preflight` is the time that the preflight estimated, over the time from the
+first lease to the last commit. With --latency the images come from a server of this process's that takes its time for each, log-normal
 around so many seconds: such a job is bounded by reading, and hardly minds what else the machine
 does.
 """

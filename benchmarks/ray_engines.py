@@ -4,10 +4,12 @@ by Ray Data, in two ways.
     python benchmarks/ray_engines.py --images DIR --models-dir DIR [--model efficientnet_lite0]
     [--count 1500] [--rounds 3]
 
-    local           imagemill run --devices cpu ray             imagemill run --devices cpu --engine
-    ray, on a cluster of one node with the same cores pool            our own run_shards as a class
-    in Ray Data's actor pool: map_batches over the shards, one shard a task documented      Ray Data
-    + ONNX Runtime as Ray's guide to batch inference does it (benchmarks/peers/ray_data.py)
+    local       imagemill run --devices cpu
+    ray         imagemill run --devices cpu --engine ray, on a cluster of one node with the same cores
+    pool        our own run_shards as a class in Ray Data's actor pool: map_batches over the shards,
+                one shard a task
+    documented  Ray Data + ONNX Runtime as Ray's guide to batch inference does it
+                (benchmarks/peers/ray_data.py)
 
 All in fp32, over the same --count images (the folder's, over and over), in turn, for some rounds;
 medians. *steady* is images/s without the start: for the first three from the first lease to the
@@ -26,12 +28,16 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
 import helpers  # noqa: E402
 from ray_nodes import cluster  # noqa: E402
+
+if TYPE_CHECKING:
+    from imagemill.records import DeviceSpec, Job
 
 _SETTLES_S = 10.0
 """A cluster's own processes are busy for some seconds after it has started."""
@@ -93,7 +99,7 @@ def pool(
 
 
 def documented(source: Path, asked: argparse.Namespace) -> tuple[float, float]:
-    script = ROOT / "bench" / "peers" / "ray_data.py"
+    script = ROOT / "benchmarks" / "peers" / "ray_data.py"
     options = [
         "--images",
         str(source),
@@ -142,7 +148,7 @@ def once(kind: str, source: Path, output: Path, asked: argparse.Namespace) -> tu
 class Shards:
     """One session; a task is one shard. Between two tasks the way of the data runs empty."""
 
-    def __init__(self, job: object, device: object) -> None:
+    def __init__(self, job: Job, device: DeviceSpec) -> None:
         from imagemill.pipeline.backends import open_session
         from imagemill.pipeline.feed import Feed
         from imagemill.pipeline.sink import Sink
@@ -162,7 +168,7 @@ class Shards:
             self._clock,
         )
 
-    def __call__(self, batch: dict) -> dict:
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         from imagemill.job import plan
         from imagemill.job.paths import JobPaths
         from imagemill.pipeline.run_shards import run_shards
@@ -201,7 +207,8 @@ def run_pool(source: str, output: str, model: str) -> None:
     for folder in (paths.plan, paths.predictions):
         files.make_folder(folder)
     watcher = observer.Watcher()
-    opened = freeze.freeze(settings, store, chosen, resolve_model(settings, watcher), watcher)
+    model = resolve_model(settings, watcher)
+    opened = freeze.freeze(settings, store, lambda _: ("cpu", chosen), model, watcher)
     frozen = opened.frozen
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -24,8 +24,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
+
+if TYPE_CHECKING:
+    from imagemill.job.paths import JobPaths
+    from imagemill.records import Entry, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
@@ -39,7 +44,7 @@ _MILLION = 1e6
 # ── the steps, each in a process of its own ───────────────────────────────────────────────────────
 
 
-def _entries(images: int) -> Iterator[object]:
+def _entries(images: int) -> Iterator[Entry]:
     from imagemill.records import Entry
 
     for number in range(images):
@@ -48,7 +53,7 @@ def _entries(images: int) -> Iterator[object]:
         )
 
 
-def _paths(folder: Path) -> object:
+def _paths(folder: Path) -> JobPaths:
     from imagemill.job.paths import JobPaths
     from imagemill.system import files
 
@@ -94,7 +99,8 @@ def parts(folder: Path, _: int) -> None:
     from imagemill.models import bundle
 
     card = bundle.load(folder / "models" / "null").card
-    job = replace(_job(folder), card=card, output=str(paths.root))
+    job = _job(folder)
+    job = replace(job, session=replace(job.session, card=card), output=str(paths.root))
     sink = Sink(job, "null", {})
     rng = np.random.default_rng(0)
     for shard in plan.shards(paths.plan):
@@ -104,7 +110,10 @@ def parts(folder: Path, _: int) -> None:
         )
         ids = rng.integers(0, _CLASSES, (len(rows), 5), np.int32)
         top = TopK(
-            ids, rng.random((len(rows), 5), np.float32), Outputs(np.zeros((0, 0), np.float32))
+            ids,
+            rng.random((len(rows), 5), np.float32),
+            np.full(len(rows), 5, np.intp),
+            Outputs(np.zeros((0, 0), np.float32)),
         )
         for part in sink.write(Batch(np.zeros((0, 8, 8, 3), np.uint8), len(rows), rows), top):
             part.commit()
@@ -169,7 +178,7 @@ def verify(folder: Path, _: int) -> None:
     assert not found, found[:3]
 
 
-def _job(folder: Path) -> object:
+def _job(folder: Path) -> Job:
     from imagemill.records import Card, Job, Limits, Precision, Recipe, SessionSpec
 
     card = Card("null", "null", (), Recipe(), (0, 0, 0), (1, 1, 1), "", "", {})
@@ -242,7 +251,7 @@ def measure(folder: Path, images: int) -> None:
             f"{images:>11,}",
             f"{step.__name__:9}",
             f"{found['seconds']:8.2f}",
-            f"{per:11.2f}",
+            f"{per:12.2f}",
             f"{found['peak_mib']:8.1f}",
         )
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -350,8 +359,8 @@ def main() -> int:
     if asked.requests:
         requests(*asked.requests)
         return 0
-    print("|    images | step      |  seconds | CPU µs/pict | peak MiB |")
-    print("|------------:|-----------|---------:|------------:|---------:|")
+    print("|    images | step      |  seconds | CPU µs/image | peak MiB |")
+    print("|------------:|-----------|---------:|-------------:|---------:|")
     for size in asked.sizes:
         with tempfile.TemporaryDirectory(prefix="imagemill-scaling-", dir=asked.folder) as name:
             measure(Path(name), size)

@@ -77,7 +77,7 @@ def make_job(folder: Path, count: int) -> Path:
             name = f"plan-00000-{number // _SHARDS_PER_FILE:05d}.parquet"
             writer = pq.ParquetWriter(job.paths.plan / name, plan.SCHEMA, compression="zstd")
         listed = [indices, np.zeros(len(indices), np.int32), [p.encode() for p in paths]]
-        listed += [np.full(len(indices), -1), [b""] * len(indices)]
+        listed += [np.full(len(indices), -1), *[[b""] * len(indices)] * 2]
         arrays = [pa.array(a, t.type) for a, t in zip(listed, plan.SCHEMA, strict=True)]
         writer.write_table(pa.table(arrays, schema=plan.SCHEMA), row_group_size=len(indices))
         write_part(job, number, indices, paths, str(source), labels)

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 import helpers
 import sample_images
 from imagemill.errors import OutputError, PartError, UsageError
-from imagemill.job import export
+from imagemill.job import export, lock
 from imagemill.job.export import Form
 from imagemill.job.open_job import OpenJob
 from imagemill.job.paths import JobPaths
@@ -186,6 +186,9 @@ def test_an_unfinished_job_is_refused_unless_partial(
         OutputError,
         match=rf"^{out} is not finished: 8 of 11 images have a row. Run the same .* --partial",
     ):
+        exported(out, Form.CSV)
+    waits = "Wait until the `imagemill run` that is at work has finished, or add --partial"
+    with lock.locked(JobPaths(out)), pytest.raises(OutputError, match=waits):
         exported(out, Form.CSV)
     messages: list[str] = []
     rows = exported(

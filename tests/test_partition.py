@@ -196,7 +196,7 @@ def test_a_foreign_output_is_refused(tmp_path: Path) -> None:
     """A folder that holds anything else is left alone."""
     source = numbered(tmp_path / "all", 3)
     output = make(tmp_path / "out", "thesis.doc")
-    with pytest.raises(OutputError) as caught:
+    with pytest.raises(UsageError) as caught:
         partition(str(source), 2, str(output))
     assert (
         str(caught.value)

@@ -419,7 +419,7 @@ def test_files_of_others_are_never_touched(make: Callable[..., OpenJob], tmp_pat
     """
     job = make(images=["1-9.jpg", "0-9.jpg"])
     helpers.fill(tmp_path / "full", {"mine.txt": b"mine"})
-    with pytest.raises(OutputError, match=r"is not empty and not made by `imagemill sort`"):
+    with pytest.raises(UsageError, match=r"is not empty and not made by `imagemill sort`"):
         sort.sort(job, tmp_path / "full")
     sort.sort(job, tmp_path / "into", Choice(min_probability=1.0))
     helpers.fill(tmp_path / "into", {"dog/1-9.jpg": b"mine"})

@@ -87,6 +87,7 @@ def main() -> int:
     if asked.device == "cpu":  # threads that wait for each other are slow beside other work
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     asked.out.mkdir(parents=True, exist_ok=True)
+    asked.work = asked.work.resolve()  # the lists of paths that it writes are absolute
     asked.work.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     results: dict[str, Any] = {

@@ -207,7 +207,7 @@ def table(found: list[Peer]) -> str:
 def int8_file(model_dir: Path) -> Path | None:
     try:
         name = json.loads((model_dir / "accuracy.json").read_text())["int8"]["file"]
-    except (FileNotFoundError, TypeError):
+    except (FileNotFoundError, KeyError, TypeError):
         return None
     return model_dir / name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,12 +103,12 @@ def _driver(*arguments: object) -> subprocess.Popen[bytes]:
     )
 
 
-@pytest.mark.parametrize("victim", ["worker", "launcher"])
+@pytest.mark.parametrize("victim", ["worker", "launcher", "terminal"])
 def test_the_image_in_progress_at_a_kill_gets_its_answer(
     null_start, null_run, small_jpegs: Path, calm: Path, tmp_path: Path, victim: str
 ) -> None:
-    """An image that was being read when its worker or its launcher was killed gets its answer like
-    any other.
+    """An image that was being read when its worker or its launcher was killed, or the terminal was
+    closed, gets its answer like any other.
     """
     hook = """
     if WORKER:
@@ -121,13 +122,14 @@ def test_the_image_in_progress_at_a_kill_gets_its_answer(
         after_import("imagemill.pipeline.sources.folder", slow)
     """
     env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
-    before = helpers.FRESH if victim == "launcher" else ()
+    before = () if victim == "worker" else (*helpers.FRESH, "--default-signal=HUP")
     process = null_start(small_jpegs, "--output", tmp_path / "out", env=env, before=before)
     helpers.until((tmp_path / "marker").exists, process=process)
     worker = harness.children(process.pid)[0]
-    harness.kill(worker if victim == "worker" else process.pid)
-    if victim == "launcher":
-        process.wait()
+    number = signal.SIGHUP if victim == "terminal" else signal.SIGKILL
+    harness.kill(worker if victim == "worker" else process.pid, number)
+    if victim != "worker":
+        assert process.wait() == -number
         helpers.until(lambda: not helpers.running(worker))
         assert null_run(small_jpegs, "--output", tmp_path / "out", env=env).code == 0
     else:

@@ -68,7 +68,7 @@ def partition(
         log: is called with one line at a time.
 
     Raises:
-        UsageError: wrong arguments.
+        UsageError: wrong arguments, or the output holds other files.
         SourceError: there are no images.
         OutputError: the output is not a partition of these images, or cannot be written.
     """
@@ -136,7 +136,7 @@ def _check_output(target: Path, source: Path, partitions: int) -> None:
         marker = json.loads((target / MARKER).read_bytes())
         found = (str(marker["data_dir"]), int(marker["partitions"]))
     except FileNotFoundError:
-        raise OutputError(
+        raise UsageError(
             f"--output {target} is not empty and not made by `imagemill partition` (it holds"
             f" {names[0]!r}). Give a new folder."
         ) from None

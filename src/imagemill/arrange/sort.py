@@ -123,8 +123,8 @@ def sort(
         log: is called with one line at a time.
 
     Raises:
-        UsageError: an unknown column, or `into` is inside a source or the job.
-        OutputError: `into` holds other files, or cannot be written.
+        UsageError: an unknown column, or `into` holds other files or is inside a source or the job.
+        OutputError: `into` cannot be written.
         PartError: a part is damaged.
     """
     into = into.absolute()
@@ -191,7 +191,7 @@ def _check_place(job: OpenJob, into: Path) -> None:
     found = names_in(into, f"--into {into}")
     others = [name for name in found if not name.startswith(f".{MANIFEST}.")]
     if others and MANIFEST not in others:
-        raise OutputError(
+        raise UsageError(
             f"--into {into} is not empty and not made by `imagemill sort` (it holds"
             f" {printable(others[0])!r}). Give a new folder."
         )

@@ -278,10 +278,9 @@ def format_sorted(outcome: Sorted, *, dry_run: bool = False) -> str:
         f"{counted(outcome.images, 'image')} {verb} into {counted(count, 'folder')}: {outcome.into}"
     ]
     if not dry_run:
-        kind = "copy" if outcome.link == "copy" else f"{outcome.link} link"
-        kinds = kind if outcome.made == 1 else "copies" if kind == "copy" else f"{kind}s"
-        lines[0] += f" ({outcome.made:,} new {kinds}"
-        lines[0] += f", {outcome.removed:,} old ones removed)" if outcome.removed else ")"
+        lines[0] += f" ({counted(outcome.made, 'new file')}"
+        removed = counted(outcome.removed, "old one")
+        lines[0] += f", {removed} removed)" if outcome.removed else ")"
     largest = list(outcome.folders.items())[:10]
     width = max((len(f"{number:,}") for _, number in largest), default=0)
     lines += [f"  {number:>{width},}  {folder}" for folder, number in largest]

@@ -204,10 +204,12 @@ class OpenJob(Struct, frozen=True, dict=True):
         has `rows` rows.
         """
         of = counted(self.frozen.images, "image")
-        return (
-            f"{self.paths.output} is not finished: {rows:,} of {of} have a row. Run the same"
-            " `imagemill run` command again to finish it"
+        remedy = (
+            "Wait until the `imagemill run` that is at work has finished"
+            if lock.is_locked(self.paths)
+            else "Run the same `imagemill run` command again to finish it"
         )
+        return f"{self.paths.output} is not finished: {rows:,} of {of} have a row. {remedy}"
 
     def failed_by_status(self, shards: Iterable[int]) -> Counter[str]:
         """Count failed images in committed shards. Raises: PartError if a part is damaged."""

@@ -153,7 +153,7 @@ def _acquire(popart: Any, patience_s: float) -> Any:
     """Attach to any IPU that is free. One whose process has just died may take its time to come
     free.
     """
-    deadline = time.time() + patience_s
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             device = popart.DeviceManager().acquireAvailableDevice(1)
@@ -161,7 +161,7 @@ def _acquire(popart: Any, patience_s: float) -> Any:
             raise Failure("device", "no IPU can be attached: %s" % error)
         if device is not None:
             return device
-        if time.time() > deadline:
+        if time.monotonic() > deadline:
             raise Failure("device", "no IPU is free")
         time.sleep(0.2)
 
