@@ -92,7 +92,7 @@ def write_tar(path: Path, count: int) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-            archive.members.clear()  # else it holds them all
+            archive.members.clear()  # type: ignore[attr-defined]  # else it holds them
 
 
 WRITERS: dict[str, Callable[[Path, int], None]] = {
@@ -143,9 +143,9 @@ def measure(folder: Path, kind: str, count: int) -> None:
         run(folder, archives[count // 10], folder / f"tenth-{kind}").row(f"{kind}, fresh tenth"),
         flush=True,
     )
-    size = archives[count].stat().st_size / 2**20
+    mib = archives[count].stat().st_size / 2**20
     print(
-        f"\n{kind}: {size:,.0f} MiB, {count:,} members, {len(parts):,} parts of which"
+        f"\n{kind}: {mib:,.0f} MiB, {count:,} members, {len(parts):,} parts of which"
         f" {len(parts) // 10:,} were left to do\n",
         flush=True,
     )

@@ -63,7 +63,7 @@ class Version:
     def finish(self, process: subprocess.Popen[bytes]) -> None:
         """Wait for a command; exit with its messages if it failed."""
         if process.wait():
-            sys.exit(f"{self.name}: {process.args}\n{(self.home / 'output.txt').read_text()}")
+            sys.exit(f"{self.name}: {process.args!r}\n{(self.home / 'output.txt').read_text()}")
 
     def run(self, *arguments: object) -> str:
         """Run `imagemill ARGUMENTS` to its end, and return what it printed."""

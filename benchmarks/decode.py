@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL
 import simplejpeg
 from PIL import Image
 
@@ -63,7 +64,8 @@ def _crop(
     scale: float,
     gap: float | None = None,
 ) -> np.ndarray:
-    box = tuple(value / scale for value in (crop.x.start, crop.y.start, crop.x.stop, crop.y.stop))
+    left, top = crop.x.start / scale, crop.y.start / scale
+    box = (left, top, crop.x.stop / scale, crop.y.stop / scale)
     return np.asarray(
         image.resize(
             (recipe.width, recipe.height),
@@ -90,6 +92,7 @@ def pillow_draft_once(data: bytes, recipe: Recipe) -> np.ndarray:
 def _pillow_draft(data: bytes, recipe: Recipe, times: int) -> np.ndarray:
     image = Image.open(io.BytesIO(data))
     crop = preprocess.locate(*image.size, recipe)
+    assert isinstance(recipe.resize, int)
     drafted = image.draft("RGB", (times * recipe.resize, times * recipe.resize))
     scale = image.decoderconfig[0] if drafted else 1
     return _crop(image.convert("RGB"), recipe, crop, scale, gap=2.0)
@@ -218,9 +221,7 @@ def main() -> None:
     if cv2 is not None:
         cv2.setNumThreads(1)
         ways.insert(-1, opencv_area)
-    print(
-        f"{recipe.interpolation}, Pillow {Image.__version__}, simplejpeg {simplejpeg.__version__}"
-    )
+    print(f"{recipe.interpolation}, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}")
     for title, those in (
         (f"{len(images)} images of {arguments.folder.name}", images),
         ("4000×3000", large(images)),

@@ -74,7 +74,7 @@ def serve() -> None:
     try:
         from imagemill.pipeline.decoding.decode import decode
     except ModuleNotFoundError:  # versions until November 2026
-        from imagemill.images.decode import decode
+        from imagemill.images.decode import decode  # type: ignore[no-redef]
     from imagemill.records import Limits, Recipe
 
     while True:

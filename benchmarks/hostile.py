@@ -98,7 +98,7 @@ def originals() -> dict[str, list[bytes]]:
     return found
 
 
-def flip(data: bytes, rng: random.Random, _: bytes) -> bytes:
+def flip(data: bytes, rng: random.Random, _other: bytes) -> bytes:
     changed = bytearray(data)
     reach = len(data) if rng.random() < 0.5 else min(len(data), 64)  # headers are where it hurts
     for _ in range(rng.choice((1, 1, 2, 8, 40))):

@@ -130,8 +130,8 @@ def make_images(folder: Path, count: int, first: int = 0) -> None:
         inside = f"{folder}/{start // _FOLDER:06d}"
         Path(inside).mkdir()
         for number in range(start, min(start + _FOLDER, first + count)):
-            original, suffix = kinds[number % len(kinds)]
-            os.link(original, f"{inside}/{number:09d}{suffix}")
+            file, suffix = kinds[number % len(kinds)]
+            os.link(file, f"{inside}/{number:09d}{suffix}")
 
 
 def measure(folder: Path, count: int, devices: str, checkout: Path | None = None) -> Measured:

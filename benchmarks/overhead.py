@@ -37,6 +37,7 @@ from imagemill.pipeline.stopwatch import Stopwatch
 from imagemill.records import Lease, Settings
 from imagemill.runner import run as runner
 from imagemill.system import cpu, files
+from imagemill.workers.launcher import Launcher
 
 
 class Spent:
@@ -60,11 +61,11 @@ def launcher_and_ledger(settings: Settings) -> tuple[int, dict[str, float]]:
     """Run a job; returns its images, and CPU seconds of the launcher and the ledger."""
     spent = Spent()
 
-    class Timed(runner.Launcher):
-        run = spent.around("launcher", runner.Launcher.run)
+    class Timed(Launcher):
+        run = spent.around("launcher", Launcher.run)
 
-    kept = runner.Launcher, ledger.existing_parts, ledger.close
-    runner.Launcher, ledger.existing_parts, ledger.close = (  # type: ignore[misc]
+    kept = Launcher, ledger.existing_parts, ledger.close
+    runner.Launcher, ledger.existing_parts, ledger.close = (  # type: ignore[attr-defined, misc]
         Timed,
         spent.around("ledger", ledger.existing_parts),
         spent.around("ledger", ledger.close),
@@ -72,7 +73,7 @@ def launcher_and_ledger(settings: Settings) -> tuple[int, dict[str, float]]:
     try:
         summary = runner.run(settings)
     finally:
-        runner.Launcher, ledger.existing_parts, ledger.close = kept  # type: ignore[misc]
+        runner.Launcher, ledger.existing_parts, ledger.close = kept  # type: ignore[attr-defined, misc]
     return summary.images, spent.seconds
 
 
@@ -135,7 +136,7 @@ def main() -> None:
         )
         spent["sink"] = sink_alone(output, Path(folder) / "again")
     each = {name: round(1e6 * seconds / images, 2) for name, seconds in spent.items()}
-    report = {
+    report: dict[str, Any] = {
         "images": images,
         "decode_only": measured.decode_only.median,
         "end_to_end": measured.end_to_end.median,

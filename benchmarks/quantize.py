@@ -24,9 +24,10 @@ import numpy as np
 from imagemill.models import bundle as bundles
 from imagemill.pipeline import sources
 from imagemill.pipeline.backends import open_session
+from imagemill.pipeline.backends.base import Session
 from imagemill.pipeline.sources.base import Skipped
 from imagemill.pipeline.stopwatch import Stopwatch
-from imagemill.records import Batch, DeviceSpec, Filters, Limits, Precision, SessionSpec
+from imagemill.records import Batch, Bundle, DeviceSpec, Filters, Limits, Precision, SessionSpec
 from imagemill.system import cpu
 from imagemill.system.openvino_library import new_core
 from imagemill.tuning import images, quantize
@@ -81,7 +82,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
         np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), given.batch_size, ()
     )
 
-    def opened(precision: Precision):
+    def opened(precision: Precision) -> Session:
         spec = SessionSpec(str(files[precision]), card, precision, given.batch_size)
         session = open_session(spec, DeviceSpec("cpu#0", "cpu", "openvino", cores), Stopwatch())
         for _ in session.stream([batch] * 4):
@@ -115,7 +116,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
 
 
 def calibration_pixels(
-    given: argparse.Namespace, bundle, cores: tuple[int, ...]
+    given: argparse.Namespace, bundle: Bundle, cores: tuple[int, ...]
 ) -> list[np.ndarray]:
     if given.images is None:
         rng, recipe = np.random.default_rng(0), bundle.card.recipe

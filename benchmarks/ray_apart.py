@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def node_apart(name: str, address: str, hidden: list[Path], env: dict[str, str], folder: Path):
+def node_apart(
+    name: str, address: str, hidden: list[Path], env: dict[str, str], folder: Path
+) -> Iterator[subprocess.Popen[bytes]]:
     """A raylet that sees none of these folders' content; gives the process that shares its view."""
     script = _START.format(
         hidden=" ".join(f"'{folder}'" for folder in hidden),

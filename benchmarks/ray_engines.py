@@ -207,20 +207,20 @@ def run_pool(source: str, output: str, model: str) -> None:
     for folder in (paths.plan, paths.predictions):
         files.make_folder(folder)
     watcher = observer.Watcher()
-    model = resolve_model(settings, watcher)
-    opened = freeze.freeze(settings, store, lambda _: ("cpu", chosen), model, watcher)
+    found = resolve_model(settings, watcher)
+    opened = freeze.freeze(settings, store, lambda _: ("cpu", chosen), found, watcher)
     frozen = opened.frozen
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     count = len(opened.shards)
-    found = ray.data.range(count, override_num_blocks=count).map_batches(
+    mapped = ray.data.range(count, override_num_blocks=count).map_batches(
         Shards,
         fn_constructor_kwargs={"job": frozen.job, "device": chosen[0]},
         batch_size=1,
         concurrency=1,
         num_cpus=len(chosen[0].cores),
     )
-    rows = found.take_all()
+    rows = mapped.take_all()
     assert sum(row["rows"] for row in rows) == frozen.images
     seconds = max(row["ended"] for row in rows) - min(row["begun"] for row in rows)
     print(json.dumps({"steady": frozen.images / seconds}))

@@ -19,6 +19,7 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src"), str(ROOT / "benchmarks")]
@@ -28,7 +29,7 @@ from ray_engines import links  # noqa: E402
 from imagemill.records import Lease, Settings  # noqa: E402
 from imagemill.runner import run  # noqa: E402
 from imagemill.workers.leases import Leases  # noqa: E402
-from imagemill.workers.protocol import Done, Event, Lost  # noqa: E402
+from imagemill.workers.protocol import Done, Event, Lost, Pause  # noqa: E402
 from imagemill.workers.ray.pool import RayPool  # noqa: E402
 from ray_nodes import cluster  # noqa: E402
 
@@ -50,7 +51,7 @@ class Notes:
         send, receive, lease_next = RayPool.send, RayPool.receive, Leases.next
         notes = self
 
-        def sending(pool: RayPool, device: str, message: object) -> None:
+        def sending(pool: RayPool, device: str, message: Lease | Pause) -> None:
             if isinstance(message, Lease):
                 notes._change(device, time.monotonic(), 1)
             send(pool, device, message)
@@ -63,13 +64,18 @@ class Notes:
                 assert not isinstance(one.message, Lost), one
             return found
 
-        def leasing(leases: Leases, *arguments: object) -> Lease | None:
+        def leasing(leases: Leases, *arguments: Any) -> Lease | None:
             lease = lease_next(leases, *arguments)
             waiting = sum(map(len, (leases._isolated, *leases._queues.values())))
             notes.waiting.append((time.monotonic(), waiting))
             return lease
 
-        RayPool.send, RayPool.receive, Leases.next = sending, receiving, leasing
+        for kind, name, way in (
+            (RayPool, "send", sending),
+            (RayPool, "receive", receiving),
+            (Leases, "next", leasing),
+        ):
+            setattr(kind, name, way)
 
     def _change(self, device: str, now: float, by: int) -> None:
         hand = self.hands.setdefault(device, [])

@@ -78,8 +78,9 @@ def make(folder: Path, images: Path) -> dict[str, list[str]]:
     with zipfile.ZipFile(folder / "all.zip", "w") as archive:
         for name, path in zip(names, files, strict=True):
             archive.write(path, name)
-    for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
-        with tarfile.open(folder / f"all{suffix}", mode) as tar:
+    for suffix in (".tar", ".tar.gz"):
+        packed = suffix == ".tar.gz"
+        with tarfile.open(folder / f"all{suffix}", "w:gz" if packed else "w") as tar:
             for name, path in zip(names, files, strict=True):
                 tar.add(path, name)
     for number in range(3):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import itertools
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -176,7 +176,7 @@ def _compiled(
 
 def _timm(stage: Stage) -> Any:
     """Return a maker of timm's network, or None if timm is not installed."""
-    if importlib.util.find_spec("timm") is None:
+    if find_spec("timm") is None:
         stage.note("not compared: timm is not installed")
         return None
     sys.path.append(str(ROOT / "benchmarks" / "peers"))

@@ -18,7 +18,7 @@ _GROUPS = 4
 def write_model(folder: Path) -> None:
     """Write the bundle `tiny`: a stem, a bottleneck with groups and a sum, and a classifier."""
     wide = (_CHANNELS, _CHANNELS, 1, 1)
-    kernels = {
+    kernels: dict[str, tuple[int, ...]] = {
         "stem": (_CHANNELS, 3, 3, 3),
         "conv1": wide,
         "conv2": (_CHANNELS, _CHANNELS // _GROUPS, 3, 3),

@@ -45,8 +45,8 @@ def report(results: Mapping[str, Any]) -> str:
         ("S10", "null_device", "without a network"),
     ):
         if rates := figures.get(stage, {}).get(name):
-            cells = ((one, f"{rate:,.0f}") for one, rate in rates.items())
-            blocks.append(_table((what, "images/s"), cells))
+            each = ((one, f"{rate:,.0f}") for one, rate in rates.items())
+            blocks.append(_table((what, "images/s"), each))
     if results["is_tiny"]:
         blocks.insert(1, "**This was a rehearsal on a tiny network: the figures mean nothing.**")
     bench = figures.get("S10", {}).get("bench") or {}

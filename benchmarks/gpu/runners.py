@@ -11,7 +11,7 @@ import torch
 from imagemill.pipeline.backends.torch.cuda import CudaRunner
 from imagemill.pipeline.backends.torch.fusions import FusedConv
 from imagemill.pipeline.backends.torch.operators.node import Call, Tensor
-from imagemill.pipeline.backends.torch.program import Loaded, Step
+from imagemill.pipeline.backends.torch.program import Loaded
 
 _CLOSE = 0.02
 """How far cuDNN's fused call may lie from the plain one, as a share of the largest number."""
@@ -38,7 +38,7 @@ def use_cudnn(loaded: Loaded) -> None:
         step.call = partial(_choose, step, step.call)
 
 
-def _choose(step: Step, call: Call, *given: Tensor | None) -> Any:
+def _choose(step: Any, call: Call, *given: Tensor | None) -> Any:
     step.call = with_cudnn(call, given)
     return step.call(*given)
 
