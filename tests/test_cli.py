@@ -15,6 +15,8 @@ import helpers
 import sample_images
 from imagemill import cli
 from imagemill.display.results import format_summary
+from imagemill.job import lock
+from imagemill.job.paths import JobPaths
 from imagemill.records import Summary
 
 pytestmark = pytest.mark.process
@@ -250,6 +252,53 @@ def test_failures_are_one_line_and_wrong_input_is_exit_2(
     assert not (tmp_path / "out").exists()
     assert result.err.startswith(message.format(here=tmp_path))
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("closed", [(0, 1), (0, 2), (1, 2), (0, 1, 2), (2,)])
+def test_streams_that_the_caller_closed_cost_nothing(
+    imagemill: CLI, jpegs: Folders, tmp_path: Path, closed: tuple[int, ...]
+) -> None:
+    """As some daemons do: files that are opened later do not get their numbers, and messages never
+    go to stdout.
+    """
+    closing = " ".join(f"{number}>&-" for number in closed)
+    command = ("run", jpegs(6), "--output", tmp_path / "out", *TINY, "--json")
+    before = ("sh", "-c", f'exec "$@" {closing}', "sh")
+    result = imagemill(*command, before=before)
+    assert result.code == 0, result.err
+    assert len(helpers.rows(tmp_path / "out")) == 6
+    assert 1 in closed or result.json["ok"] == 6
+
+
+def test_a_command_does_not_replace_files_of_the_job(
+    imagemill: CLI, jpegs: Folders, tmp_path: Path
+) -> None:
+    """Nor does it write into the data set; the report, and other names, are free."""
+    out = tmp_path / "out"
+    assert imagemill("run", jpegs(3), "--output", out, *TINY).code == 0
+    before = helpers.parts(out)
+    csv = ("export", out, "--to", "csv", "--output")
+    for name in ("job.json", "predictions/x.parquet", "plan/x", "logs/x", "failed.txt", "./.lock"):
+        for command in (csv, ("report", out, "--output")):
+            result = imagemill(*command, out / name)
+            assert (result.code, result.err) == (
+                2,
+                f"imagemill: --output {out / name}: the job needs this name. Give another file.\n",
+            )
+    for command in ((*csv, out / "rows.csv"), ("report", out, "--output", out / "report.html")):
+        assert [imagemill(*command).code for _ in range(2)] == [0, 0]
+    assert helpers.parts(out) == before
+    assert imagemill("verify", out).code == 0
+
+
+def test_status_of_a_job_that_is_being_listed(imagemill: CLI, tmp_path: Path) -> None:
+    """It is not said to be none."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with lock.locked(JobPaths(out)):
+        result = imagemill("status", out)
+    assert result.code == 2
+    assert "is not an imagemill job yet: an `imagemill run` is listing its images." in result.err
 
 
 def test_verify_and_status_speak_json_and_exit_codes(

@@ -166,6 +166,9 @@ def test_a_damaged_plan_is_one_clear_error(tmp_path: Path) -> None:
         plan.shards(folder)
     with pytest.raises(OutputError, match="is damaged"):
         plan.read(folder, shard)
+    path.unlink()
+    with pytest.raises(OutputError, match=r"is missing\. If the output was moved or its disk unm"):
+        plan.read(folder, shard)
 
 
 def test_a_listing_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

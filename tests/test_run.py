@@ -983,6 +983,29 @@ def test_retry_failed_computes_bad_images_again(job: Jobs, jpegs: Folders, tmp_p
     assert problems(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("save", [(), ("logits", "embedding")])
+def test_a_retry_never_replaces_a_row_that_is_ok(
+    job: Jobs, jpegs: Folders, tmp_path: Path, save: tuple[str, ...]
+) -> None:
+    """Whatever became of the image since: an unmounted disk costs no answer."""
+    asked: dict[str, Any] = {"shard_size": 5, "devices": "cpu", "save": save}
+    folder = jpegs(8, **{"a.jpg": b"", "b.jpg": b""})
+    run.run(job(folder, **asked))
+    before = helpers.by_path(tmp_path / "out")
+    (folder / "a.jpg").write_bytes(sample_images.jpeg())
+    for place, path in enumerate(sorted(folder.glob("0*.jpg"))):
+        path.write_bytes(b"other content") if place % 2 else path.unlink()
+    summary = run.run(job(folder, **asked, retry_failed=()))
+    after = helpers.by_path(tmp_path / "out")
+    assert (summary.ok, summary.failed_by_status) == (9, {"empty": 1})
+    assert (before.pop("a.jpg")["status"], after.pop("a.jpg")["status"]) == ("empty", "ok")
+    assert after == before
+    assert problems(tmp_path / "out") == []
+    shutil.move(folder, tmp_path / "unmounted")
+    folder.mkdir()
+    assert run.run(job(folder, **asked, retry_failed=())).ok == 9
+
+
 def test_too_many_bad_images_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Folders) -> None:
     """--max-bad-fraction counts over the whole job; without it the same command goes on."""
     folder = jpegs(6, **{f"bad{number}.jpg": b"" for number in range(6)})
@@ -991,6 +1014,22 @@ def test_too_many_bad_images_stop_the_job_and_it_can_go_on(job: Jobs, jpegs: Fol
     ):
         run.run(job(folder, shard_size=2, max_bad_fraction=0.25))
     assert run.run(job(folder)).failed_by_status == {"empty": 6}
+
+
+def test_many_other_sources_are_one_short_message(
+    job: Jobs, jpegs: Folders, tmp_path: Path
+) -> None:
+    """As from `photos/*.jpg` after an image has come: the first that differs, not all of them."""
+    paths = sorted(map(str, jpegs(60).iterdir()))
+    run.run(job(*paths[:30], *paths[31:]))
+    message = (
+        f"was started with 59 × SOURCE (no. 31: {paths[31]}), now 60 × SOURCE (no. 31: {paths[30]})"
+        " is asked for. If the sources have moved, add --moved OLD=NEW."
+    )
+    with pytest.raises(JobMismatchError, match=re.escape(message)):
+        run.run(job(*paths))
+    with pytest.raises(JobMismatchError, match=r"now 58 × SOURCE \(no\. 59: none\)"):
+        run.run(job(*paths[:30], *paths[31:59]))
 
 
 @pytest.mark.parametrize("command", [run.run, dry_run.dry_run])

@@ -653,6 +653,15 @@ def test_why_there_is_no_top_5(make: Make, labels: Sequence[str], k: int, why: s
     assert (found.top5, found.omitted) == (None, {"top5": why})
 
 
+def test_one_column_for_paths_and_labels_is_one_clear_error(make: Make, tmp_path: Path) -> None:
+    job = make({"cat/0.jpg": (0, 0.9)})
+    table = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"path": ["cat/0.jpg"]}), table)
+    for given in (write(tmp_path / "t.csv", "path\ncat/0.jpg\n"), f"@{table}"):
+        with pytest.raises(UsageError, match=r"the model knows none of the labels 'cat/0\.jpg'"):
+            score(job, f"{given.partition('#')[0]}#path,path")
+
+
 def test_a_running_job(make: Make, tmp_path: Path) -> None:
     """Its rows so far are scored; rows of a table whose images come later are not called wrong."""
     answers: dict[str, Answer] = {f"cat/{number}.jpg": (0, 0.9) for number in range(9)}

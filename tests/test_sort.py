@@ -627,3 +627,9 @@ def test_a_copy_is_never_written_into_an_original(tmp_path: Path) -> None:
     maker.write(b"fetched", os.fsencode(tmp_path / "c.jpg"))
     assert (tmp_path / "a.jpg").read_bytes() == b"original"
     assert (tmp_path / "c.jpg").read_bytes() == b"fetched"
+
+
+def test_no_label_gets_a_name_that_sort_needs() -> None:
+    """Also where a file system ignores case."""
+    found = names.folders([(3, "Sorted.csv"), (4, "_failed"), (5, "dog")])
+    assert found == {3: "Sorted.csv~3", 4: "_failed~4", 5: "dog"}

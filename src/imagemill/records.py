@@ -386,6 +386,8 @@ class Shard(Struct, frozen=True):
     row_group: int
     answer_id: str = ""
     """Of its generation, which its part carries; empty: that of the job as it was frozen."""
+    is_retried: bool = False
+    """Its part has failed rows, and only these are replaced."""
 
 
 class Lease(Struct, frozen=True):

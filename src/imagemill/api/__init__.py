@@ -96,6 +96,7 @@ def run(
         append: add images that are new in the sources, and in sources that the job does not have
             yet, to the job. Without a job, start one.
         retry_failed: True computes all shards with failed images again. Statuses select failures.
+            Rows that are ok are not replaced.
         grace_s: seconds to finish shards in progress when stopped, as `--grace`.
         report: False writes no report, as `--no-report`.
         preflight: False tries no sample of the images, as `--no-preflight`.

@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
-RESERVED = "_failed"
+FAILED = "_failed"
 """The folder of failed images; no label gets this name."""
+MANIFEST = "sorted.csv"
+"""The list of the files; no label gets this name either."""
 _FOLDER_BYTES, _FILE_BYTES = 120, 200
 """Well below the 255 of most file systems, so that a number fits behind the name."""
 _UNUSABLE = re.compile(r'[\x00-\x1f\x7f-\x9f/\\:*?"<>|\u2028\u2029\ud800-\udfff]')
@@ -48,7 +50,7 @@ def folders(values: Iterable[tuple[Id, str]]) -> Mapping[Id, str]:
     """
     found, length = {value: usable(text) for value, text in values}, 0
     while True:  # `crane~1` may be a name, too, and short hashes may be equal
-        used, length = Counter([fold(RESERVED), *map(fold, found.values())]), length + 8
+        used, length = Counter([FAILED, MANIFEST, *map(fold, found.values())]), length + 8
         if max(used.values()) == 1:
             return found
         found = {

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from imagemill.arrange import names
 from imagemill.arrange.links import Link, Maker, names_in
+from imagemill.arrange.names import MANIFEST
 from imagemill.errors import OutputError, UsageError, printable
 from imagemill.job import plan
 from imagemill.job.columns import names_of
@@ -38,7 +39,6 @@ from imagemill.records import BadImage, Status
 from imagemill.system import files, storage
 from imagemill.system.messages import Notify
 
-MANIFEST = "sorted.csv"
 _COLUMNS = ("file", "index", "source", "path", "status", "class_id", "label", "probability")
 _TEMPORARY = b".imagemill-sort.tmp"
 MAX_FOLDERS = 10_000
@@ -250,7 +250,7 @@ class _Chosen:
         """Return the folder of a row, or None; and the reason if it has none."""
         choice, is_ok, probability = self._choice, row["status"] == Status.OK, row["probability"]
         if not is_ok and choice.by != "status":
-            return f"{names.RESERVED}/{row['status']}" if choice.failed else None, "failed"
+            return f"{names.FAILED}/{row['status']}" if choice.failed else None, "failed"
         least = choice.min_probability
         if is_ok and least is not None and (probability is None or probability < least):
             return None, "less certain"

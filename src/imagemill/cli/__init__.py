@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from imagemill.system.without_pandas import hide_pandas
 
         hide_pandas()
+        _open_standard_streams()
         arguments = sys.argv[1:]
     arguments = list(arguments)
     # OpenBLAS sends SIGINT if it cannot start its threads; this process needs none of them.
@@ -99,6 +100,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     return code
+
+
+def _open_standard_streams() -> None:
+    """Open the null device in place of standard streams that the caller closed. Otherwise the next
+    files would get their numbers, and messages would go to stdout.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, this one
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115 - until the end
 
 
 def _shortage(error: Exception) -> str | None:

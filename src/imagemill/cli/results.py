@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from imagemill.cli.options import ACCESS, JOB, JSON, Command, add_settings, probability
 from imagemill.cli.output import log, open_job, print_result
 from imagemill.errors import UsageError
+
+if TYPE_CHECKING:
+    from imagemill.job.open_job import OpenJob
 
 
 def add(command: Command) -> None:
@@ -46,6 +50,7 @@ def _export(parsed: argparse.Namespace) -> int:
     from imagemill.job import export
 
     job = open_job(parsed.dir)
+    _check_output(job, parsed.output)
     columns = parsed.columns.split(",") if parsed.columns else None
     form = export.Form(parsed.to)
     pieces = export.export(job, form, columns=columns, partial=parsed.partial, notify=log)
@@ -56,6 +61,14 @@ def _export(parsed: argparse.Namespace) -> int:
     else:
         sys.stdout.buffer.writelines(pieces)
     return 0
+
+
+def _check_output(job: OpenJob, output: str | None) -> None:
+    """Raise UsageError if a file that a command is to write is one of the job's own."""
+    from pathlib import Path
+
+    if output and not job.paths.url and job.paths.is_own(Path(output)):
+        raise UsageError(f"--output {output}: the job needs this name. Give another file.")
 
 
 def _add_report(command: Command) -> None:
@@ -73,6 +86,7 @@ def _report(parsed: argparse.Namespace) -> int:
     from imagemill import report
 
     job = open_job(parsed.dir, parsed.moved, parsed.user_agent)
+    _check_output(job, parsed.output)
     report.write(job, parsed.output)
     print(parsed.output or job.paths.shown(job.paths.report))
     return 0

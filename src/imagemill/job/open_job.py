@@ -82,6 +82,11 @@ class OpenJob(Struct, frozen=True, dict=True):
         job = cls.find(os.fspath(output))
         if job is None:
             paths = JobPaths.of(os.fspath(output))
+            if lock.is_locked(paths):
+                raise NotAJobError(
+                    f"{printable(paths.output)} is not an imagemill job yet: an `imagemill run` is"
+                    " listing its images. Try again in a moment."
+                )
             why = "it has no job.json" if paths.url or paths.root.exists() else "it does not exist"
             raise NotAJobError(
                 f"{printable(paths.output)} is not an imagemill job: {why}. Give the output folder"

@@ -149,6 +149,17 @@ class JobPaths(Struct, frozen=True):
         """Return the log of a worker process."""
         return self.logs / f"{device}.log"
 
+    def is_own(self, path: Path) -> bool:
+        """Return whether a file is one of the job's own, apart from its report, or in one of its
+        folders.
+        """
+        file, root = path.resolve(), self.root.resolve()
+        if not file.is_relative_to(root) or file == root / self.report.name:
+            return False
+        below = (own for own in vars(JobPaths).values() if isinstance(own, _Below))
+        names = {own._name.partition("/")[0] for own in below}
+        return file.relative_to(root).parts[:1] in {(name,) for name in (*names, "logs")}
+
     def ours(self) -> set[str]:
         """Return the names that an interrupted start may have left in the folder."""
         left = {path.name for path in self.root.glob(f".{self.job.name}.*{_TEMPORARY_SUFFIX}")}

@@ -236,6 +236,11 @@ def _metadata(path: Path) -> pq.FileMetaData:
 
 
 def _damaged(path: Path, error: Exception) -> OutputError:
+    if isinstance(error, FileNotFoundError):
+        return OutputError(
+            f"{path} is missing. If the output was moved or its disk unmounted, bring it back and"
+            " repeat the command. The plan cannot be rebuilt."
+        )
     return OutputError(
         f"{path} is damaged: {error}. The plan cannot be rebuilt; start again in another --output."
     )

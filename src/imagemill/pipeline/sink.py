@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from msgspec import Struct, field
 from numpy.typing import NDArray
 
+from imagemill.job import ledger
 from imagemill.job.columns import _COLUMNS, _TOP_K
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store, open_store
@@ -43,25 +44,31 @@ class Part(Struct, frozen=True):
     since: float
 
     def commit(self) -> Receipt:
-        """Put the part on disk, whole. Raises: OutputError where that fails; nothing stays behind
-        then.
+        """Put the part on disk, whole. Of a retried shard, rows that are ok stay as they were.
+
+        Raises:
+            OutputError: that fails, and nothing stays behind.
         """
+        path, table = self.store.paths.part(self.shard.number), self.table
+        if self.shard.is_retried and self.store.exists(path):
+            (before,) = ledger.tables(self.store, [self.shard.number], table.schema.names)
+            table = _healed(before, table)
         buffer = pa.BufferOutputStream()
         # One row group; dictionaries only where values repeat; checksums on every page.
         pq.write_table(
-            self.table,
+            table,
             buffer,
             compression="zstd",
-            row_group_size=max(self.table.num_rows, 1),
+            row_group_size=max(table.num_rows, 1),
             use_dictionary=["source", "status", "error", "label", "top_k.list.element.label"],
             write_page_checksum=True,
         )
         data = buffer.getvalue()
         digest = hashlib.sha256(data).hexdigest()
-        self.store.write(self.store.paths.part(self.shard.number), memoryview(data))
-        statuses = Counter(self.table["status"].to_pylist())
+        self.store.write(path, memoryview(data))
+        statuses = Counter(table["status"].to_pylist())
         ok = statuses.pop(Status.OK.value, 0)
-        rows = self.table.num_rows
+        rows = table.num_rows
         return Receipt(
             self.shard.number,
             rows,
@@ -175,6 +182,14 @@ class Sink:
             if kept.type is KeptType.FLOAT:  # JSON may hold whole numbers among them
                 values = [None if value is None else float(value) for value in values]
             yield pa.array(values, pa.type_for_alias(kept.type.value))
+
+
+def _healed(before: pa.Table, now: pa.Table) -> pa.Table:
+    """Return the rows of a part that were ok, and today's in place of the others."""
+    was_ok = np.array(before["status"].to_pylist()) == Status.OK.value
+    row = np.arange(before.num_rows)
+    both = pa.concat_tables([before.cast(now.schema), now])
+    return both.take(pa.array(np.where(was_ok, row, row + before.num_rows)))
 
 
 def _side(pixels: int | None) -> int | None:

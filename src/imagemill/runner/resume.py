@@ -56,10 +56,12 @@ def resume(
             watcher.notify(f"{flag} was {was:,} and is now {asked:,}, for the remaining images")
             continue
         remedy = _remedy(flag, was, asked) if effect is Effect.LISTING else _REMEDY
+        old, new = _format_flag(flag, was), _format_flag(flag, asked)
+        if isinstance(was, list) and isinstance(asked, list) and len(old + new) > _MAX_COMMAND:
+            old, new = _first_difference(flag, was, asked)
         raise JobMismatchError(
-            f"{opened.paths.output} was started with {_format_flag(flag, was)}, now"
-            f" {_format_flag(flag, asked)} is asked for. {remedy} to continue this job, or give"
-            " another --output."
+            f"{opened.paths.output} was started with {old}, now {new} is asked for. {remedy} to"
+            " continue this job, or give another --output."
         )
     job = frozen.job
     job = replace(
@@ -224,6 +226,19 @@ def _is_never_resized(session: SessionSpec) -> bool:
         return bundle.load(Path(session.model_file).parent).card.recipe.resize is None
     except ModelError:  # the command ends with it
         return False
+
+
+def _first_difference(flag: str, was: list[object], asked: list[object]) -> Iterator[str]:
+    """Yield what to print of two long lists: how many values they have, and the first that
+    differs.
+    """
+    place = next(
+        (at for at, pair in enumerate(zip(was, asked, strict=False)) if pair[0] != pair[1]),
+        min(len(was), len(asked)),
+    )
+    for values in (was, asked):
+        one = shlex.quote(str(values[place])) if place < len(values) else "none"
+        yield f"{len(values):,} × {flag} (no. {place + 1:,}: {one})"
 
 
 def _remedy(flag: str, was: object, asked: object) -> str:

@@ -170,15 +170,20 @@ def _carry_out(
     """
     store, paths, frozen = opened.store, opened.paths, opened.frozen
     job = frozen.job
-    done = opened.committed()
+    done, again = opened.committed(), set[int]()
     if settings.retry_failed is not None:
         again = opened.shards_with(settings.retry_failed)
         images = sum(shard.count for shard in opened.shards if shard.number in again)
         watcher.notify(
-            f"computing again: {counted(images, 'image')}, those in shards with failures"
+            f"computing again: {counted(images, 'image')}, those in shards with failures. Rows that"
+            " are ok stay as they are"
         )
         done -= again
-    left = [shard for shard in opened.shards if shard.number not in done]
+    left = [
+        replace(shard, is_retried=shard.number in again)
+        for shard in opened.shards
+        if shard.number not in done
+    ]
     if is_resumed:
         resume.check_remaining(opened, chosen, left)
     if not left and (summary := _read_summary(opened)):

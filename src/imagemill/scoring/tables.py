@@ -96,7 +96,7 @@ class Table(Struct, frozen=True):
         if self._separator is None:
             with self._open_parquet() as opened:
                 yield from opened.file.iter_batches(
-                    batch_size=_ROWS, columns=list(columns), use_threads=False
+                    batch_size=_ROWS, columns=list(dict.fromkeys(columns)), use_threads=False
                 )
             return
         with self._open_text() as lines:
@@ -111,7 +111,7 @@ class Table(Struct, frozen=True):
                 ),
                 pv.ParseOptions(delimiter=self._separator, newlines_in_values=True),
                 pv.ConvertOptions(
-                    include_columns=list(columns),
+                    include_columns=list(dict.fromkeys(columns)),
                     column_types=dict.fromkeys(columns, pa.binary()),
                 ),
             )
