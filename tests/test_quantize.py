@@ -720,9 +720,9 @@ def test_few_images_take_nothing_from_a_result_on_enough(
         bundles.load(tmp_path), [str(colours / "0")], chosen=CPU, calibration=20
     )
     assert few.precisions["int8"].comparison.reason.startswith("too few images: ")
-    assert "  not kept: what was accepted before, on more images, stays" in command.report_lines(
-        few
-    )
+    lines = command.report_lines(few)
+    assert "  not kept: what was accepted before, on more images, stays" in lines
+    assert lines[-1].endswith(". `--precision auto` still uses int8")
     assert variants.read(tmp_path)["int8"] == accepted
     assert sorted(path.name for path in tmp_path.glob("int8-*")) == [
         f"{Path(accepted.file).stem}.bin",

@@ -768,6 +768,18 @@ def test_a_score_that_cannot_be_kept_is_printed_all_the_same(
 
 
 @pytest.mark.process
+def test_a_report_that_cannot_be_written_again_is_one_line(make: Make) -> None:
+    """No traceback: it is in the log of a job, which a score does not have."""
+    job = make(THREE)
+    for path in (job.paths.report, job.paths.summary):
+        path.write_text("{")
+    result = helpers.imagemill_cli("score", job.paths.output, "--truth", "folders")
+    assert result.code == 0
+    assert "but the report could not be written: " in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.process
 def test_the_report_shows_the_most_frequent_confusions(
     models_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -633,3 +633,17 @@ def test_no_label_gets_a_name_that_sort_needs() -> None:
     """Also where a file system ignores case."""
     found = names.folders([(3, "Sorted.csv"), (4, "_failed"), (5, "dog")])
     assert found == {3: "Sorted.csv~3", 4: "_failed~4", 5: "dog"}
+
+
+def test_what_is_said_of_files_that_are_not_there(
+    make: Callable[..., OpenJob], tmp_path: Path
+) -> None:
+    """It depends on whether the image could be read when it was classified."""
+    job = make(images=["1-9.jpg", "0-9.jpg", "missing.jpg"])
+    for name in ("0-9.jpg", "missing.jpg"):
+        (tmp_path / "images" / name).unlink()
+    outcome = sort.sort(job, tmp_path / "into", Choice(failed=True))
+    assert sorted(outcome.first_unreadable) == [
+        "0-9.jpg: missing: it was there when it was classified",
+        "missing.jpg: missing: it could not be read either when it was classified",
+    ]

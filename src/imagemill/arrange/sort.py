@@ -411,7 +411,9 @@ def _make(
                 elif not os.path.isfile(target):  # noqa: PTH113 - a link to nowhere, or nothing
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(target)  # noqa: PTH108
-                    fail(image, "missing: it was there when it was classified")
+                    was_there = image.row["status"] == Status.OK
+                    then = "it was there" if was_there else "it could not be read either"
+                    fail(image, f"missing: {then} when it was classified")
             finish(0)
         finally:
             pool.shutdown(cancel_futures=True)

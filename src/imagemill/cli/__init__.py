@@ -118,10 +118,8 @@ def _shortage(error: Exception) -> str | None:
     try:
         from imagemill.system import processes
     except (ImportError, MemoryError):  # too little memory for one import is too little for another
-        return (
-            f"{' '.join(str(error).split())}. Free some memory, or raise the limits of this shell"
-            " (ulimit -v)."
-        )
+        what = " ".join(str(error).split()) or "out of memory"
+        return f"{what}. Free some memory, or raise the limits of this shell (ulimit -v)."
     return processes.shortage(error)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from imagemill.scoring.record import Score
 
 _log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())  # of commands without a log, nothing goes to stderr
 
 
 def write(job: OpenJob, output: str | None = None) -> None:

@@ -139,5 +139,7 @@ def report_lines(report: Report) -> list[str]:
             f"fp32 → {precision}: {rates}agreement {found.agreement:.4f}, "
             + ("accepted" if found.accepted else f"not accepted ({found.reason})")
         )
-    lines[-1] += f". `--precision auto` uses {report.automatic} from now on"
+    is_new = all(record.kept for record in report.precisions.values())
+    uses = f"uses {report.automatic} from now on" if is_new else f"still uses {report.automatic}"
+    lines[-1] += f". `--precision auto` {uses}"
     return lines
