@@ -656,6 +656,28 @@ def test_a_killed_job_is_resumed_and_an_outage_is_healed(
     }
 
 
+def test_a_retry_reads_failed_images_only(server: Server, job: Jobs, tmp_path: Path) -> None:
+    """Not all images of their shards. A part that is gone meanwhile is made again, whole."""
+    names = [f"{number}.jpg" for number in range(9)]
+    (tmp_path / "list.txt").write_text("".join(f"{server.url}/{name}\n" for name in names))
+    given = (f"@{tmp_path / 'list.txt'}",)
+    server.files = {name: sample_images.jpeg(40, 30) for name in names if name not in "3.jpg 7.jpg"}
+    assert run.run(job(*given, shard_size=5)).failed_by_status == {"missing": 2}
+    before = helpers.rows(tmp_path / "out")
+    server.files |= {"3.jpg": sample_images.jpeg(40, 30)}
+    server.paths.clear()
+    assert run.run(job(*given, shard_size=5, retry_failed=())).failed_by_status == {"missing": 1}
+    assert sorted(server.paths) == ["/3.jpg", "/7.jpg"]
+    after = helpers.rows(tmp_path / "out")
+    assert [row["status"] for row in after] == ["ok"] * 7 + ["missing", "ok"]
+    assert [row for row in after if row["index"] != 3] == [r for r in before if r["index"] != 3]
+    server.files |= {"7.jpg": sample_images.jpeg(40, 30)}
+    (tmp_path / "out" / "predictions" / "part-000000.parquet").unlink()
+    server.paths.clear()
+    assert run.run(job(*given, shard_size=5, retry_failed=())).ok == 9
+    assert len(server.paths) == 5 + 1
+
+
 def test_requests_name_the_user_agent_that_was_asked_for(
     server: Server, job: Jobs, tmp_path: Path
 ) -> None:

@@ -387,7 +387,7 @@ class Shard(Struct, frozen=True):
     answer_id: str = ""
     """Of its generation, which its part carries; empty: that of the job as it was frozen."""
     is_retried: bool = False
-    """Its part has failed rows, and only these are replaced."""
+    """Its part has failed rows, and only these are computed again."""
 
 
 class Lease(Struct, frozen=True):

@@ -95,8 +95,7 @@ def run(
             to their names in the rows.
         append: add images that are new in the sources, and in sources that the job does not have
             yet, to the job. Without a job, start one.
-        retry_failed: True computes all shards with failed images again. Statuses select failures.
-            Rows that are ok are not replaced.
+        retry_failed: True computes failed images again. Statuses select shards with such failures.
         grace_s: seconds to finish shards in progress when stopped, as `--grace`.
         report: False writes no report, as `--no-report`.
         preflight: False tries no sample of the images, as `--no-preflight`.

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from imagemill.errors import OutputError, PartError, counted
 from imagemill.job import documents, plan
@@ -210,6 +212,11 @@ def tables(store: Store, shards: Iterable[int], columns: Sequence[str]) -> Itera
         if what := _check_shard_number(table.schema.metadata, shard):
             raise _part_error(store, path, what)
         yield table
+
+
+def are_ok(rows: pa.Table) -> NDArray[np.bool_]:
+    """Return which rows of a part are ok: bool (rows,)."""
+    return np.array([status == Status.OK.value for status in rows["status"].to_pylist()], bool)
 
 
 def failed_paths(

@@ -5,23 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import partial
 
-from imagemill.job import plan
+import numpy as np
+from msgspec.structs import replace
+
+from imagemill.job import ledger, plan
 from imagemill.job.columns import row_path
 from imagemill.job.paths import JobPaths
+from imagemill.job.store import open_store
 from imagemill.pipeline.sources import open_all
 from imagemill.records import IsolationReason, Job, Lease, PlannedImage
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
-    """Yield the images of leased shards in plan order, ready to be fetched.
+    """Yield the images of leased shards in plan order, ready to be fetched; of a retried shard,
+    those whose rows are not ok.
 
     Raises:
-        OutputError: the plan is damaged.
+        OutputError: the plan is damaged, or the part of a retried shard.
     """
-    folder = JobPaths.of(job.output).plan
+    paths = JobPaths.of(job.output)
+    folder, store = paths.plan, open_store(paths)
     opened = open_all(job.sources, index_dir=folder, access=job.access)
     for lease in leases:
-        for row in plan.read(folder, lease.shard):
+        shard, rows = lease.shard, plan.read(folder, lease.shard)
+        if shard.is_retried and not store.exists(paths.part(shard.number)):
+            shard = replace(shard, is_retried=False)
+        if shard.is_retried:
+            (before,) = ledger.tables(store, [shard.number], ["status"])
+            rows = [rows[place] for place in np.flatnonzero(~ledger.are_ok(before))]
+        for row in rows:
             source = opened[row.source]
             reason = lease.quarantined.get(row.index)
             if reason is None and lease.isolate:
@@ -29,5 +41,5 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
             fetch = partial(source.fetch, row.path, row.locator, job.limits.max_bytes)
             path = row_path(job.sources[row.source], row.path)
             yield PlannedImage(
-                row.index, lease.shard, source.name, path, row.size, fetch, reason, row.kept
+                row.index, shard, source.name, path, row.size, fetch, reason, row.kept
             )

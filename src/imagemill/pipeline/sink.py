@@ -17,7 +17,7 @@ from msgspec import Struct, field
 from numpy.typing import NDArray
 
 from imagemill.job import ledger
-from imagemill.job.columns import _COLUMNS, _TOP_K
+from imagemill.job.columns import _COLUMNS, _TOP_K, names_of
 from imagemill.job.paths import JobPaths
 from imagemill.job.store import Store, open_store
 from imagemill.records import Batch, Job, KeptType, Receipt, Row, Saved, Shard, Status, TopK
@@ -27,6 +27,10 @@ class _Open(Struct):
     """A shard some of whose rows are here."""
 
     shard: Shard
+    wanted: int
+    """Rows that it waits for."""
+    before: pa.Table | None = None
+    """Of a retried shard, its part; the rows that are not ok are waited for."""
     rows: list[Row] = []
     class_ids: list[NDArray[np.int32]] = []
     probabilities: list[NDArray[np.float32]] = []
@@ -44,31 +48,25 @@ class Part(Struct, frozen=True):
     since: float
 
     def commit(self) -> Receipt:
-        """Put the part on disk, whole. Of a retried shard, rows that are ok stay as they were.
-
-        Raises:
-            OutputError: that fails, and nothing stays behind.
+        """Put the part on disk, whole. Raises: OutputError where that fails; nothing stays behind
+        then.
         """
-        path, table = self.store.paths.part(self.shard.number), self.table
-        if self.shard.is_retried and self.store.exists(path):
-            (before,) = ledger.tables(self.store, [self.shard.number], table.schema.names)
-            table = _healed(before, table)
         buffer = pa.BufferOutputStream()
         # One row group; dictionaries only where values repeat; checksums on every page.
         pq.write_table(
-            table,
+            self.table,
             buffer,
             compression="zstd",
-            row_group_size=max(table.num_rows, 1),
+            row_group_size=max(self.table.num_rows, 1),
             use_dictionary=["source", "status", "error", "label", "top_k.list.element.label"],
             write_page_checksum=True,
         )
         data = buffer.getvalue()
         digest = hashlib.sha256(data).hexdigest()
-        self.store.write(path, memoryview(data))
-        statuses = Counter(table["status"].to_pylist())
+        self.store.write(self.store.paths.part(self.shard.number), memoryview(data))
+        statuses = Counter(self.table["status"].to_pylist())
         ok = statuses.pop(Status.OK.value, 0)
-        rows = table.num_rows
+        rows = self.table.num_rows
         return Receipt(
             self.shard.number,
             rows,
@@ -108,7 +106,7 @@ class Sink:
         """
         for shard, group in itertools.groupby(batch.rows, attrgetter("shard")):
             if (opened := self._open.get(shard.number)) is None:
-                opened = self._open[shard.number] = _Open(shard)
+                opened = self._open[shard.number] = self._opened(shard)
             rows = list(group)
             slots = np.array([row.slot for row in rows if row.slot >= 0], np.intp)
             opened.rows.extend(rows)
@@ -119,9 +117,18 @@ class Sink:
                 values = top.outputs.logits if saved is Saved.LOGITS else top.outputs.embedding
                 assert values is not None
                 opened.saved.setdefault(saved, []).append(values[slots])
-            if len(opened.rows) == shard.count:
+            if len(opened.rows) == opened.wanted:
                 del self._open[shard.number]
-                yield Part(shard, self._table(opened), self._store, opened.since)
+                table = self._table(opened)
+                if opened.before is not None:
+                    table = _healed(opened.before, table)
+                yield Part(shard, table, self._store, opened.since)
+
+    def _opened(self, shard: Shard) -> _Open:
+        if not shard.is_retried:
+            return _Open(shard, shard.count)
+        (before,) = ledger.tables(self._store, [shard.number], names_of(self._job))
+        return _Open(shard, int((~ledger.are_ok(before)).sum()), before)
 
     def _table(self, opened: _Open) -> pa.Table:
         rows = opened.rows
@@ -185,11 +192,10 @@ class Sink:
 
 
 def _healed(before: pa.Table, now: pa.Table) -> pa.Table:
-    """Return the rows of a part that were ok, and today's in place of the others."""
-    was_ok = np.array(before["status"].to_pylist()) == Status.OK.value
-    row = np.arange(before.num_rows)
-    both = pa.concat_tables([before.cast(now.schema), now])
-    return both.take(pa.array(np.where(was_ok, row, row + before.num_rows)))
+    """Return the rows of a part that were ok, and those of now in place of the others."""
+    was_ok = ledger.are_ok(before)
+    places = np.where(was_ok, np.arange(len(was_ok)), len(was_ok) + np.cumsum(~was_ok) - 1)
+    return pa.concat_tables([before.cast(now.schema), now]).take(pa.array(places))
 
 
 def _side(pixels: int | None) -> int | None:

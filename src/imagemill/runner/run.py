@@ -173,10 +173,9 @@ def _carry_out(
     done, again = opened.committed(), set[int]()
     if settings.retry_failed is not None:
         again = opened.shards_with(settings.retry_failed)
-        images = sum(shard.count for shard in opened.shards if shard.number in again)
         watcher.notify(
-            f"computing again: {counted(images, 'image')}, those in shards with failures. Rows that"
-            " are ok stay as they are"
+            f"computing again: the failed images of {counted(len(again), 'shard')}. Rows that are"
+            " ok stay as they are"
         )
         done -= again
     left = [

@@ -327,7 +327,7 @@ SETTINGS: Mapping[str, Setting] = {
     "dry_run": Setting("--dry-run", "list and count images, write nothing", options=_YES),
     "retry_failed": Setting(
         "--retry-failed",
-        "compute shards with failed images again (default: any status); rows that are ok stay",
+        "compute the failed images of shards with such failures again (default: any status)",
         "STATUS,…",
         kind=ValueKind(_parse_statuses, _one_of(enum="Status", hint=_NO_STATUS), is_list=True),
         options={"nargs": "?", "const": ()},
