@@ -100,6 +100,38 @@ def feed(sink: Sink, job: Job, rows: list[Row], batch_rows: int) -> list[Part]:
 
 @examples(max_examples=40)
 @given(
+    before=st.lists(st.booleans(), min_size=1, max_size=9),
+    now=st.dictionaries(st.integers(0, 8), st.booleans(), min_size=1),
+)
+def test_a_retry_replaces_the_rows_that_are_not_ok(
+    tmp_path_factory: pytest.TempPathFactory, before: list[bool], now: dict[int, bool]
+) -> None:
+    """Whichever rows it has: another worker that was taken for lost may have committed others."""
+    job = make_job(tmp_path_factory.mktemp("out"), save=(Saved.EMBEDDING,))
+    JobPaths.of(job.output).predictions.mkdir()
+    _, shard = shards([4, len(before)])
+    old = [image(4 + place, shard, good) for place, good in enumerate(before)]
+    (part,) = feed(Sink(job, "null", {}), job, old, 4)
+    part.commit()
+    chosen = sorted(place for place in now if place < len(before)) or [0]
+    again = replace(shard, count=len(chosen), is_retried=True)
+    new = [image(4 + place, again, now.get(place, True)) for place in chosen]
+    (part,) = feed(Sink(job, "null", {}), job, [replace(row, error="new") for row in new], 4)
+    receipt = part.commit()
+    ok = [was or (place in chosen and now.get(place, True)) for place, was in enumerate(before)]
+    assert (receipt.rows, receipt.failed) == (len(before), ok.count(False))
+    (found,) = ledger.tables(open_store(JobPaths.of(job.output)), [1], ["index", "status", "error"])
+    assert [(row["index"], row["status"] == "ok") for row in found.to_pylist()] == [
+        (4 + place, good) for place, good in enumerate(ok)
+    ]
+    replaced = [place for place in chosen if not before[place]]
+    assert [row["error"] == "new" for row in found.to_pylist()] == [
+        place in replaced for place in range(len(before))
+    ]
+
+
+@examples(max_examples=40)
+@given(
     sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     batch_rows=st.integers(1, 9),
     bad=st.sets(st.integers(0, 23)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import harness
@@ -210,3 +211,38 @@ def test_a_session_that_hangs_is_killed_and_started_again(
         in (tmp_path / "out" / "logs" / "launcher.log").read_text()
     )
     assert harness.assert_complete(tmp_path / "out").num_rows == 48
+
+
+def test_a_worker_killed_behind_the_commit_of_a_retry_costs_a_restart(
+    null_run, small_jpegs: Path, tmp_path: Path
+) -> None:
+    """Its part has no failed row any more, and nobody got its receipt. No row changes, although
+    another image of the shard is gone.
+    """
+    hook = """
+    if WORKER:
+        def fatal(module):
+            commit = module.Part.commit
+            def committing(self):
+                receipt = commit(self)
+                if once(os.environ["MARKER"]):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return receipt
+            module.Part.commit = committing
+        after_import("imagemill.pipeline.sink", fatal)
+    """
+    source = tmp_path / "images"
+    shutil.copytree(small_jpegs, source)
+    broken, gone, *_ = sorted(source.iterdir())
+    sound = broken.read_bytes()
+    broken.write_bytes(b"")
+    arguments = (source, "--output", tmp_path / "out", "--shard-size", "8", "--json")
+    assert null_run(*arguments).json["failed_by_status"] == {"empty": 1}
+    broken.write_bytes(sound)
+    gone.unlink()
+    env = harness.hooks(tmp_path / "hooks", hook, MARKER=str(tmp_path / "marker"))
+    result = null_run(*arguments, "--retry-failed", env=env)
+    assert (result.code, result.json["failed"]) == (0, 0), result.err
+    assert (tmp_path / "marker").exists()
+    assert {row["status"] for row in helpers.rows(tmp_path / "out")} == {"ok"}
+    harness.assert_complete(tmp_path / "out")

@@ -17,8 +17,11 @@ from imagemill.records import IsolationReason, Job, Lease, PlannedImage
 
 
 def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
-    """Yield the images of leased shards in plan order, ready to be fetched; of a retried shard,
-    those whose rows are not ok.
+    """Yield the images of leased shards in plan order, ready to be fetched.
+
+    Of a retried shard, the images are those whose rows are not ok, and its `count` is theirs. If
+    all are ok, a worker has died between its commit and its receipt: one image makes another
+    receipt.
 
     Raises:
         OutputError: the plan is damaged, or the part of a retried shard.
@@ -32,7 +35,8 @@ def read(leases: Iterable[Lease], job: Job) -> Iterator[PlannedImage]:
             shard = replace(shard, is_retried=False)
         if shard.is_retried:
             (before,) = ledger.tables(store, [shard.number], ["status"])
-            rows = [rows[place] for place in np.flatnonzero(~ledger.are_ok(before))]
+            rows = [rows[place] for place in np.flatnonzero(~ledger.are_ok(before))] or rows[:1]
+            shard = replace(shard, count=len(rows))
         for row in rows:
             source = opened[row.source]
             reason = lease.quarantined.get(row.index)

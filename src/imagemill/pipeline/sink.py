@@ -27,10 +27,6 @@ class _Open(Struct):
     """A shard some of whose rows are here."""
 
     shard: Shard
-    wanted: int
-    """Rows that it waits for."""
-    before: pa.Table | None = None
-    """Of a retried shard, its part; the rows that are not ok are waited for."""
     rows: list[Row] = []
     class_ids: list[NDArray[np.int32]] = []
     probabilities: list[NDArray[np.float32]] = []
@@ -106,7 +102,7 @@ class Sink:
         """
         for shard, group in itertools.groupby(batch.rows, attrgetter("shard")):
             if (opened := self._open.get(shard.number)) is None:
-                opened = self._open[shard.number] = self._opened(shard)
+                opened = self._open[shard.number] = _Open(shard)
             rows = list(group)
             slots = np.array([row.slot for row in rows if row.slot >= 0], np.intp)
             opened.rows.extend(rows)
@@ -117,18 +113,13 @@ class Sink:
                 values = top.outputs.logits if saved is Saved.LOGITS else top.outputs.embedding
                 assert values is not None
                 opened.saved.setdefault(saved, []).append(values[slots])
-            if len(opened.rows) == opened.wanted:
+            if len(opened.rows) == shard.count:
                 del self._open[shard.number]
                 table = self._table(opened)
-                if opened.before is not None:
-                    table = _healed(opened.before, table)
+                if shard.is_retried:
+                    (before,) = ledger.tables(self._store, [shard.number], names_of(self._job))
+                    table = _healed(before, table)
                 yield Part(shard, table, self._store, opened.since)
-
-    def _opened(self, shard: Shard) -> _Open:
-        if not shard.is_retried:
-            return _Open(shard, shard.count)
-        (before,) = ledger.tables(self._store, [shard.number], names_of(self._job))
-        return _Open(shard, int((~ledger.are_ok(before)).sum()), before)
 
     def _table(self, opened: _Open) -> pa.Table:
         rows = opened.rows
@@ -192,9 +183,11 @@ class Sink:
 
 
 def _healed(before: pa.Table, now: pa.Table) -> pa.Table:
-    """Return the rows of a part that were ok, and those of now in place of the others."""
-    was_ok = ledger.are_ok(before)
-    places = np.where(was_ok, np.arange(len(was_ok)), len(was_ok) + np.cumsum(~was_ok) - 1)
+    """Return the rows of a part, with the rows of now in place of those that are not ok."""
+    at = now["index"].to_numpy() - before["index"][0].as_py()
+    replaces = ~ledger.are_ok(before)[at]
+    places = np.arange(before.num_rows)
+    places[at[replaces]] = before.num_rows + np.flatnonzero(replaces)
     return pa.concat_tables([before.cast(now.schema), now]).take(pa.array(places))
 
 
